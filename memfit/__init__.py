@@ -1,0 +1,23 @@
+"""memfit: memory-aware fine-tuning for multimodal language models.
+
+`memfit.estimate`, `memfit.check`, `memfit.train`, `memfit.evaluate` and `memfit.report` do what the commands of the
+same names do. Importing memfit does nothing else: torch is loaded only by what needs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memfit.api import check, estimate, evaluate, gpus, read_recipe, report, train
+
+__version__ = "0.1.0.dev0"
+__all__ = ["__version__", "check", "estimate", "evaluate", "gpus", "read_recipe", "report", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from memfit import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'memfit' has no attribute {name!r}")

@@ -1,0 +1,200 @@
+"""The Python API: one plain function a command, with the same words. `memfit.estimate`, `memfit.train` ... are these.
+
+Importing this module loads no torch; the functions that need it load it when called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memfit.catalog.gpus import GPUS
+from memfit.errors import DoesNotFit, UserError
+from memfit.inputs.data import check_data, load_samples
+from memfit.inputs.data.options import check_options
+from memfit.inputs.encode import Encoder
+from memfit.inputs.model_source import find_model, require_weights
+from memfit.inputs.recipe_file import load_recipe, override
+from memfit.inputs.run_folder import new_run_folder, write_json
+from memfit.planner.estimate_text import estimate_text
+from memfit.planner.plan import plan_json
+from memfit.specs.check import CheckReport
+from memfit.specs.evaluate import EvaluateRequest, EvaluateResult
+from memfit.specs.hardware import GpuRow
+from memfit.specs.plan import Forecast
+from memfit.specs.recipe import Recipe
+from memfit.trace.forecast import Row, forecast_plan, worst_rows
+from memfit.trace.prepare import Prepared, prepare
+from memfit.units import duration
+
+Say = Callable[[str], None]
+# (what is done, how many are done, how many there are or None)
+Progress = Callable[[str, int, int | None], None]
+RecipeLike = Recipe | Path | str | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` did. `projected_seconds` stands after a pilot, which saves no model (`model` is None)."""
+
+    folder: Path
+    model: Path | None
+    steps: int
+    total_steps: int
+    seconds: float
+    loss: float | None
+    projected_seconds: float | None
+
+    def text(self, whole_command: str) -> str:
+        """What a person reads after training; after a pilot, how long the whole run takes and how to start it."""
+        if self.projected_seconds is not None:
+            return (
+                f"pilot: {self.steps} of {self.total_steps} steps in {duration(self.seconds)}; the whole run would "
+                f"take about {duration(self.projected_seconds)}\nstart it with: {whole_command}"
+            )
+        loss = "-" if self.loss is None else f"{self.loss:.4f}"
+        return (
+            f"trained {self.steps} steps in {duration(self.seconds)}, last loss {loss}\nmodel: {self.model}\n"
+            f"next: memfit eval {self.folder} --base, then memfit report {self.folder}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, paths as texts."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
+
+
+def read_recipe(recipe: RecipeLike = None, sets: Sequence[str] = (), model: str | None = None) -> Recipe:
+    """A Recipe from a file, from `model` and `sets` alone, or a Recipe with `sets` laid over it."""
+    if isinstance(recipe, Recipe):
+        return override(recipe, sets, model)
+    if recipe is None and model is None and not any(text.startswith("model=") for text in sets):
+        raise UserError("there is neither a recipe nor a model", "give a recipe file, or --model NAME")
+    return load_recipe(Path(recipe) if recipe is not None else None, sets, model=model)
+
+
+def estimate(recipe: RecipeLike = None, *, sets: Sequence[str] = (), model: str | None = None) -> Forecast:
+    """Forecast the memory of one run. What this version cannot forecast is None and named in `ledger.missing`.
+
+    The worst micro-batch comes from the recipe's data where that file is here, else from its workload or the default.
+    """
+    wanted = read_recipe(recipe, sets, model)
+    prepared = prepare(wanted)
+    return forecast_plan(prepared, _rows_of_data(prepared)).forecast
+
+
+def check(
+    recipe: RecipeLike = None,
+    *,
+    sets: Sequence[str] = (),
+    model: str | None = None,
+    quarantine: Path | None = None,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Scan the data of a recipe in the model's own units. Its verdict is "refused" when training would refuse."""
+    wanted = read_recipe(recipe, sets, model)
+    encoder = Encoder(find_model(wanted.model, wanted.model_config), wanted.image)
+    return check_data(wanted.data, encoder, check_options(wanted, quarantine, progress))
+
+
+def train(
+    recipe: RecipeLike = None,
+    *,
+    sets: Sequence[str] = (),
+    model: str | None = None,
+    pilot: bool = False,
+    say: Say = print,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Check the data, forecast, fine-tune, save. Raises UserError, DoesNotFit or RunFailed."""
+    from memfit.build.build import Materials
+    from memfit.build.device import device_for
+    from memfit.build.supported import refuse_what_is_not_built
+    from memfit.engine.train import Job
+    from memfit.engine.train import train as run_job
+
+    wanted = read_recipe(recipe, sets, model)
+    prepared = prepare(wanted)
+    states = prepared.plan()
+    _refuse_what_does_not_fit(states.forecast, say)
+    refuse_what_is_not_built(states.recipe)
+    device_for(prepared.hardware)  # a GPU that torch cannot use is told before anything is read or written
+    source = require_weights(prepared.source)
+    encoder = Encoder(source, wanted.image)
+    loaded = load_samples(wanted.data, check_options(wanted, None, progress), encoder)
+    micro = int(states.recipe.levers.micro_batch)
+    plan = forecast_plan(prepared, worst_rows(loaded.train, loaded.train_costs, encoder, micro))
+    _refuse_what_does_not_fit(plan.forecast, say)
+    say(estimate_text(plan.forecast))
+    # A pilot leaves the folder free that the whole run asks for.
+    mark, pinned = "-pilot" if pilot else "", wanted.run.folder
+    name = recipe.stem if isinstance(recipe, Path) else wanted.model
+    folder = new_run_folder(pinned if pinned == "auto" else f"{pinned}{mark}", f"{name}{mark}")
+    say(f"{len(loaded.train):,} samples to train on, {len(loaded.eval):,} to evaluate; run folder {folder.path}")
+    write_json(folder.plan, plan_json(plan))
+    write_json(folder.data, _data_json(loaded))
+    materials = Materials(source, prepared.family, prepared.profile)
+    done = run_job(Job(plan, materials, loaded.train, loaded.eval, folder, pilot))
+    return TrainResult(
+        folder=done.folder,
+        model=None if pilot else done.model,
+        steps=done.steps,
+        total_steps=done.total_steps,
+        seconds=done.seconds,
+        loss=done.loss,
+        projected_seconds=done.projected_seconds,
+    )
+
+
+def evaluate(request: EvaluateRequest, *, progress: Progress | None = None, say: Say = print) -> EvaluateResult:
+    """Answer samples by free greedy decoding and score them. Raises UserError before anything is generated."""
+    from memfit.engine.evaluate import evaluate as run_evaluation
+
+    return run_evaluation(request, progress or (lambda what, done, total: None), say)
+
+
+def report(runs: Sequence[Path], *, out: Path | None = None) -> tuple[str, Path]:
+    """The text of a report on one run or several, and the path of the HTML file that was written beside it."""
+    from memfit.monitor.report import write_report
+
+    return write_report(runs, out)
+
+
+def gpus() -> tuple[GpuRow, ...]:
+    """The GPUs that `hardware.gpus` knows."""
+    return GPUS
+
+
+def _rows_of_data(prepared: Prepared) -> tuple[Row, ...]:
+    """The worst micro-batch of the recipe's data; empty where the recipe names no file that is here."""
+    recipe = prepared.recipe
+    if recipe.workload != "auto" or recipe.data.train is None or not Path(recipe.data.train).exists():
+        return ()
+    if prepared.source.folder is None:
+        return ()
+    encoder = Encoder(prepared.source, recipe.image)
+    # A forecast needs the longest good rows only; how many broken ones are too many is for `check` and `train` to say.
+    data = dataclasses.replace(recipe.data, max_broken=0.999)
+    loaded = load_samples(data, check_options(recipe), encoder)
+    micro = recipe.levers.micro_batch if isinstance(recipe.levers.micro_batch, int) else 1
+    return worst_rows(loaded.train, loaded.train_costs, encoder, micro)
+
+
+def _refuse_what_does_not_fit(forecast: Forecast, say: Say) -> None:
+    if forecast.fits is False:
+        say(estimate_text(forecast))
+        raise DoesNotFit(
+            f"this run does not fit {forecast.hardware.text}",
+            "memfit estimate shows what is large; try method=lora, levers.checkpointing=full or a smaller image budget",
+        )
+
+
+def _data_json(loaded: Any) -> dict[str, Any]:
+    return {
+        "train": len(loaded.train),
+        "eval": len(loaded.eval),
+        "broken": [dataclasses.asdict(row) for row in loaded.broken],
+        "split": loaded.split.to_json(),
+    }

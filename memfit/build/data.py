@@ -1,0 +1,102 @@
+"""Samples to batches: encoded and drawn one by one, padded and joined by the collator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from memfit.build.pixels import PixelReader
+from memfit.families.base import Family
+from memfit.inputs.data.images import open_image
+from memfit.inputs.encode import Encoder
+from memfit.specs.sample import Sample
+
+IGNORED = -100  # torch.nn.CrossEntropyLoss's ignore_index: no loss at this place
+
+
+class SampleDataset(Dataset):
+    """Encoded samples, made when asked for, so that no decoded picture is kept.
+
+    With `prompts` the last answer is left off, for generation. `read` opens a picture; evaluation's controls change it.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        encoder: Encoder,
+        pixels: PixelReader | None,
+        prompts: bool = False,
+        read: Callable[[Path], Image.Image] = open_image,
+    ) -> None:
+        self.samples = samples
+        self._encoder = encoder
+        self._pixels = pixels
+        self._prompts = prompts
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self.samples[index]
+        pictures = [self._read(path) for path in sample.images]
+        sizes = [picture.size for picture in pictures]
+        appearing = [pictures[index] for index in sample.picture_order]
+        row: dict[str, torch.Tensor] = {}
+        if self._prompts:
+            row["input_ids"] = torch.as_tensor(self._encoder.prompt(sample, sizes), dtype=torch.long)
+        else:
+            encoded = self._encoder.encode(sample, sizes)
+            row["input_ids"] = torch.as_tensor(encoded.input_ids, dtype=torch.long)
+            row["labels"] = torch.as_tensor(encoded.labels, dtype=torch.long)
+        if pictures and self._pixels is not None:
+            row |= self._pixels.read(appearing)
+        return row
+
+
+class Collator:
+    """Pads the texts of several samples to the longest and joins their image tensors as the family says.
+
+    Training pads on the right, generation on the left, so that the last token of every row is a real one.
+    """
+
+    def __init__(self, family: Family, pad_id: int, extra: Mapping[str, Any], image_token_id: int | None) -> None:
+        self._family = family
+        self._pad_id = pad_id
+        self._extra = dict(extra)
+        self._image_token_id = image_token_id
+
+    def __call__(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+        return self.join(rows, left=False)
+
+    def join(self, rows: Sequence[Mapping[str, torch.Tensor]], left: bool) -> dict[str, Any]:
+        """One batch: input_ids, attention_mask (and labels) of shape (B, T), and the image tensors of all rows."""
+        ids_BT = _pad([row["input_ids"] for row in rows], self._pad_id, left)
+        lengths = [len(row["input_ids"]) for row in rows]
+        batch: dict[str, Any] = {"input_ids": ids_BT}
+        # Without padding there is nothing to mask, and a mask costs memory: attention kernels that cannot take one
+        # with grouped heads expand keys and values (transformers integrations.sdpa_attention:use_gqa_in_sdpa).
+        if left or min(lengths) != max(lengths):
+            batch["attention_mask"] = _pad([torch.ones(length, dtype=torch.long) for length in lengths], 0, left)
+        if "labels" in rows[0]:
+            batch["labels"] = _pad([row["labels"] for row in rows], IGNORED, left)
+        images = self._family.images
+        if images is not None:
+            for name, (how, dimension) in images.batch.items():
+                tensors = [row[name] for row in rows if name in row]
+                if tensors:
+                    batch[name] = torch.cat(tensors, dimension) if how == "cat" else torch.stack(tensors, dimension)
+            if images.needs_token_types:
+                batch["mm_token_type_ids"] = (ids_BT == self._image_token_id).long()
+        return batch | self._extra
+
+
+def _pad(rows: Sequence[torch.Tensor], value: int, left: bool) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        list(rows), batch_first=True, padding_value=value, padding_side="left" if left else "right"
+    )

@@ -1,0 +1,52 @@
+"""Which device a run uses, and what torch can do with the GPUs of this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from memfit.errors import UserError
+from memfit.inputs import machine
+from memfit.specs.hardware import Hardware
+
+
+def torch_facts() -> machine.TorchFacts:
+    """What this build of torch says of itself; asked once before training."""
+    problem = None
+    available = torch.cuda.is_available()
+    if not available and torch.version.cuda:
+        try:
+            torch.cuda.init()
+        except Exception as error:  # the text of the driver is what the user needs
+            problem = str(error).strip().splitlines()[0]
+    return machine.TorchFacts(
+        version=torch.__version__,
+        cuda_version=torch.version.cuda,
+        arch_list=tuple(torch.cuda.get_arch_list()) if available else (),
+        is_available=available,
+        error=problem,
+    )
+
+
+def device_for(hardware: Hardware) -> torch.device:
+    """The device of this process. Raises UserError if the machine has a GPU that torch cannot use.
+
+    A run on `1xcpu` was asked for; a run on the CPU because torch lacks CUDA, or nobody listed the GPUs, was not.
+    """
+    if hardware.gpu is None:
+        if hardware.detected and torch.cuda.is_available():
+            raise UserError(
+                f"torch sees {torch.cuda.device_count()} GPUs, but nvidia-smi, which tells their size, is not there",
+                f"put nvidia-smi on the PATH, or name them: --gpus 1x{torch.cuda.get_device_name(0).split()[-1]}",
+            )
+        return torch.device("cpu")
+    facts, gpus = torch_facts(), machine.detected_gpus()
+    problem = machine.torch_gpu_problem(facts, gpus)
+    if problem is not None:
+        raise problem
+    if not facts.is_available:
+        raise UserError(
+            f"hardware is {hardware.text}, but this machine has no GPU that the driver reports",
+            "run this on the machine with the GPUs; memfit estimate forecasts for hardware that is not here; "
+            "--gpus 1xcpu trains on the CPU",
+        )
+    return torch.device("cuda", 0)

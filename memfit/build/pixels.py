@@ -1,0 +1,31 @@
+"""Pictures to tensors, through the model's own PIL image processor (torchvision is never needed)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+
+from memfit.families.base import Family
+
+
+class PixelReader:
+    """Turns pictures into the tensors that the family's forward takes.
+
+    `settings` are the preprocessor_config.json values with the image budget already compiled in.
+    """
+
+    def __init__(self, family: Family, settings: Mapping[str, Any]) -> None:
+        if family.images is None:
+            raise TypeError(f"{family.name} reads no pictures")
+        known = {key: value for key, value in settings.items() if not key.endswith(("_type", "_class"))}
+        self._processor = getattr(transformers, family.images.processor)(**known)
+        self._wanted = tuple(family.images.batch)
+
+    def read(self, pictures: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """The family's image tensors of one sample, its pictures in order."""
+        batch = self._processor(images=list(pictures), return_tensors="pt")
+        return {name: batch[name] for name in self._wanted}

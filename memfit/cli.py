@@ -1,0 +1,255 @@
+"""The command line: a thin face over `memfit.api`. Data on stdout, progress on stderr, exit codes as documented."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memfit import __version__
+from memfit.errors import MemfitError
+
+app = typer.Typer(
+    name="memfit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Memory-aware fine-tuning for multimodal language models: forecast, check, train, evaluate, report.",
+    epilog="Exit codes: 0 done; 1 user error; 2 bad command line; 3 does not fit; 5 run failed.",
+)
+
+RecipeArgument = Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A recipe (YAML); see docs/recipe.md.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe key; may be repeated.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Hub id, local folder or config.json; in place of a recipe's model.")
+]
+GpusOption = Annotated[str | None, typer.Option("--gpus", metavar="2xRTX3090", help="Hardware; see `memfit gpus`.")]
+HostOption = Annotated[str | None, typer.Option("--host-memory", metavar="128GiB", help="Host memory of one machine.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"memfit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = None,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def estimate(
+    recipe: RecipeArgument = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    gpus: GpusOption = None,
+    host_memory: HostOption = None,
+    why: Annotated[str | None, typer.Option("--why", metavar="ID", help="Formula and source of one term.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast the memory of one run, without a GPU and without weights."""
+    from memfit import api
+    from memfit.planner.estimate_text import estimate_text
+    from memfit.planner.estimate_text import why as explain
+    from memfit.planner.forecast_json import forecast_json
+
+    forecast = api.estimate(recipe, sets=_sets(set_, gpus, host_memory), model=model)
+    if as_json:
+        _print_json(forecast_json(forecast))
+    else:
+        print(explain(forecast, why) if why else estimate_text(forecast))
+    if forecast.fits is False:
+        raise typer.Exit(3)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    quarantine: Annotated[
+        Path | None,
+        typer.Option("--quarantine", metavar="FOLDER", help="Folder for the lists of broken rows (JSON lines)."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Scan the data: broken rows with their reasons, quality, leaks, tokens and crops, the worst sample."""
+    from memfit import api
+    from memfit.inputs.data.check_text import report_lines
+
+    report = api.check(recipe, sets=_sets(set_), model=model, quarantine=quarantine, progress=_Counter())
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        print("\n".join(report_lines(report)))
+    if report.verdict == "refused":
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    gpus: GpusOption = None,
+    pilot: Annotated[
+        bool, typer.Option("--pilot", help="Run a small share first, then tell how long the whole run takes.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the data, forecast, fine-tune, and save the model in a run folder."""
+    from memfit import api
+
+    result = api.train(recipe, sets=_sets(set_, gpus), model=model, pilot=pilot, say=_say, progress=_Counter())
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        print(result.text(_whole_command()))
+
+
+@app.command("eval")
+def evaluate(
+    run_or_model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, model folder or hub id.")],
+    data: Annotated[Path | None, typer.Option("--data", help="The samples to answer; default: the run's own.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Also evaluate the model that the run started from.")] = False,
+    images: Annotated[
+        str, typer.Option("--images", help="as-is, or a control: shuffled (another sample's), blank (white).")
+    ] = "as-is",
+    name: Annotated[str | None, typer.Option("--name", help="Name of the result in the run folder.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N samples.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the result here.")] = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer the samples by greedy decoding and score the fields; with --base, before against after."""
+    from memfit import api
+    from memfit.monitor.evaluation_text import evaluation_text
+
+    request = api.EvaluateRequest(run_or_model, data, base, images, name, limit, out, tuple(set_ or ()))
+    result = api.evaluate(request, progress=_Counter(), say=_say)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        print(evaluation_text(result.evaluations, result.comparison))
+        for path in result.written:
+            print(f"written: {path}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The HTML file; default: report.html in the run.")
+    ] = None,
+) -> None:
+    """What happened against what was forecast: text here, and one self-contained HTML file."""
+    from memfit import api
+
+    text, path = api.report(runs, out=out)
+    print(text)
+    print(f"\nreport: {path}")
+
+
+@app.command()
+def gpus(as_json: JsonOption = False) -> None:
+    """The GPUs that --gpus knows, with their usable memory and where the figure is from."""
+    from memfit import api
+    from memfit.monitor.report_text import table_text
+    from memfit.monitor.tables import Cell, Table
+    from memfit.units import gib
+
+    rows = api.gpus()
+    if as_json:
+        _print_json([vars(row) for row in rows])
+        return
+    heads = ("name", "usable", "nominal", "compute", "bf16", "figure")
+    texts = [
+        (
+            row.name,
+            gib(row.capacity_bytes),
+            f"{row.nominal_gib} GiB",
+            row.compute_capability,
+            "yes" if row.has_bf16 else "no",
+            row.verified,
+        )
+        for row in rows
+    ]
+    table = Table("GPUs that --gpus knows", heads, tuple(tuple(map(Cell, row)) for row in texts))
+    print(f"{table_text(table)}\n\n--json names the source of every figure")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; MemfitError becomes its message and its code."""
+    try:
+        result = app(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except MemfitError as error:
+        print(f"memfit: {error}", file=sys.stderr)
+        return error.exit_code
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("memfit: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+            error.show()
+            return getattr(error, "exit_code", 2)
+        raise
+
+
+class _Counter:
+    """Progress on stderr: how many are done, told now and then."""
+
+    def __init__(self) -> None:
+        self._told = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - self._told >= 5:
+            self._told = now
+            _say(f"{what}: {done:,}" + (f" of {total:,}" if total is not None else ""))
+
+
+def _say(text: str) -> None:
+    for line in text.splitlines():
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def _sets(given: list[str] | None, gpus: str | None = None, host_memory: str | None = None) -> list[str]:
+    sets = list(given or ())
+    if gpus is not None:
+        sets.append(f"hardware.gpus={gpus}")
+    if host_memory is not None:
+        sets.append(f"hardware.host_memory={host_memory}")
+    return sets
+
+
+def _whole_command() -> str:
+    import shlex
+
+    return shlex.join(["memfit", *(argument for argument in sys.argv[1:] if argument != "--pilot")])
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Write what was learned: safetensors, with the source's own tokenizer and processor files beside them."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+
+from memfit.build.adapters import base_name, is_adapter
+from memfit.build.build import TRAINED_PARTS
+from memfit.inputs.run_folder import free_bytes
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+
+
+def save_weights(model: nn.Module, folder: Path, source: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a loadable model folder: the whole model, or PEFT's adapter with the fully trained parts beside it.
+
+    `dtype` casts the floating weights of a whole model (None keeps each tensor as it lives). Raises OSError when the
+    disk is full, whatever the writer underneath called it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _disk_errors(folder):
+        if isinstance(model, PeftModel):
+            model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+            trained = {
+                base_name(name): parameter.detach().contiguous().cpu()
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and not is_adapter(name) and ".modules_to_save." not in name
+            }
+            if trained:
+                save_file(trained, folder / TRAINED_PARTS, metadata={"format": "pt"})
+        else:
+            state = model.state_dict()
+            if dtype is not None:
+                state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        copy_companions(source, folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, template and processor files of the source, unless the save wrote a file of that name itself."""
+    for file in sorted(source.iterdir()):
+        name = file.name
+        if file.is_file() and name.endswith(_COPIED) and not name.endswith(_WEIGHTS) and not (folder / name).exists():
+            shutil.copyfile(file, folder / name)
+
+
+def save_or_rescue(write: Callable[[Path], None], folder: Path, rescue: Path) -> tuple[Path, OSError | None]:
+    """Write to `folder`; if its disk is full, to `rescue` on another one. Returns where the weights are now.
+
+    Raises the OSError when there is no room in either place.
+    """
+    try:
+        write(folder)
+        return folder, None
+    except OSError as problem:
+        if not is_disk_full(problem):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is worse than none: it looks like one
+        write(rescue)
+        return rescue, problem
+
+
+def free_name(folder: Path) -> Path:
+    """`folder`, or with the first number behind it that is not taken: an earlier rescue is never replaced."""
+    number, name = 1, folder
+    while name.exists():
+        number += 1
+        name = folder.with_name(f"{folder.name}-{number}")
+    return name
+
+
+def drop_half_checkpoints(checkpoints: Path) -> None:
+    """Remove checkpoint folders that the Trainer did not finish: it writes trainer_state.json last."""
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not (folder / "trainer_state.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+class _disk_errors:  # noqa: N801 - used as a statement
+    """Turns the many ways in which writers report a full disk (safetensors, torch.save) into one OSError."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and looks_like_full_disk(error, self._folder) and not is_disk_full(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(self._folder)) from error
+
+
+def looks_like_full_disk(error: BaseException, folder: Path) -> bool:
+    """Whether an error of any class says that there is no space, or comes from a writer while the disk is full."""
+    text = str(error)
+    if is_disk_full(error) or "No space left" in text or "os error 28" in text or "Disk quota" in text:
+        return True
+    writer = "write" in text.lower() and isinstance(error, RuntimeError | OSError)
+    return writer and free_bytes(folder) < 1 << 20

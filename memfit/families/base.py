@@ -1,0 +1,67 @@
+"""What a family file states. Facts and pure functions of numbers only: no torch, no transformers, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from memfit.specs.recipe import ImageBudget
+from memfit.specs.workload import ImageCost
+
+# (processor settings as in preprocessor_config.json with the budget applied, width, height) -> cost
+ImageRule = Callable[[Mapping[str, Any], int, int], ImageCost]
+# (model config, preprocessor_config.json, budget) -> changed processor settings; UserError if it cannot be met
+BudgetRule = Callable[[Mapping[str, Any], Mapping[str, Any], ImageBudget], dict[str, Any]]
+# (cost, index of the picture in its sample, processor settings with the tokenizer's names under "tokens")
+# -> the text that stands for the picture
+PlaceholderRule = Callable[[ImageCost, int, Mapping[str, Any]], str]
+
+
+@dataclass(frozen=True)
+class Images:
+    """How a family sees pictures. `processor` is the PIL image processor's class name in transformers.
+
+    `batch` says how the tensors of several samples are joined: name -> ("cat" | "stack", dimension).
+    `needs_token_types` asks the collator for `mm_token_type_ids` (1 at image tokens).
+    `tokens`: the names of special tokens that `placeholder` writes and their texts where the tokenizer names none.
+    `marker` is what a chat template that takes plain text only gets for a picture; empty means `image_token`.
+    """
+
+    processor: str
+    rule: ImageRule
+    budget: BudgetRule
+    placeholder: PlaceholderRule
+    image_token: str
+    batch: Mapping[str, tuple[str, int]]
+    needs_token_types: bool = False
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    marker: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models that share transformers' classes.
+
+    `parts`: (prefix of the parameter name in transformers' model, part), the first match wins.
+    `blocks`: part -> prefix of its numbered blocks. `lora_targets`: module-name endings that `auto` means.
+    `chat_template` is used when the tokenizer brings none. `forward_kwargs` go to every forward and generate call.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    auto_class: str
+    parts: tuple[tuple[str, str], ...]
+    blocks: Mapping[str, str]
+    lora_targets: tuple[str, ...]
+    images: Images | None = None
+    chat_template: str | None = None
+    forward_kwargs: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def part_of(self, parameter: str) -> str:
+        """The part that owns a parameter or module name. KeyError for a name that no prefix covers."""
+        for prefix, part in self.parts:
+            if parameter.startswith(prefix):
+                return part
+        raise KeyError(f"{self.name}: no part owns {parameter!r}")

@@ -1,0 +1,67 @@
+"""A forecast as plain JSON values: the contract of `estimate --json`. What is not forecast is null, never 0.
+
+Beside the contract's keys there are `missing` (what the null figures lack, in words), `states_bytes` (per phase, under
+`gpu`, or under `host` on a CPU run) and `parameters` (per part: trainable and frozen).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from memfit.planner.activations import peak_of, phase_table, process_bytes
+from memfit.planner.estimate import states_place
+from memfit.specs.plan import Forecast
+
+SCHEMA = 1
+
+
+def forecast_json(forecast: Forecast) -> dict[str, Any]:
+    """The object that `memfit estimate --json` prints."""
+    hardware, ledger = forecast.hardware, forecast.ledger
+    on_gpu = states_place(hardware) == "gpu"
+    host: dict[str, Any] = {
+        "peak_bytes": None,
+        "pinned_bytes": None,
+        "capacity_bytes": hardware.host_memory_bytes,
+        "terms": [term.to_json() for term in ledger.at("host")],
+    }
+    if not on_gpu:
+        host["states_bytes"] = ledger.phase_bytes("host")
+    values = {
+        "schema": SCHEMA,
+        "verdict": forecast.verdict,
+        "fits": forecast.fits,
+        "gpu": _gpu(forecast) if on_gpu else None,
+        "host": host,
+        "disk": {"checkpoint_bytes": None, "nvme_bytes": None},
+        "interval": {"low_bytes": None, "high_bytes": None},
+        "speed": None,
+        "recipe": forecast.recipe.to_json(),
+        "defaults": list(forecast.defaults),
+        "hardware": {**dataclasses.asdict(hardware), "text": hardware.text, "ranks": hardware.ranks},
+        "workload": dataclasses.asdict(forecast.workload) if forecast.workload else None,
+        "parameters": {
+            part: {"trainable": forecast.trainable[part], "frozen": forecast.frozen[part]}
+            for part in forecast.trainable
+        },
+        "missing": list(ledger.missing),
+    }
+    # Tuples become lists, so that what is returned equals what is read back from the printed text.
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
+
+def _gpu(forecast: Forecast) -> dict[str, Any]:
+    row, ledger, peak = forecast.hardware.gpu, forecast.ledger, peak_of(forecast)
+    return {
+        "peak_allocated_bytes": peak[1] if peak else None,
+        "peak_reserved_bytes": forecast.reserved.peak_reserved if forecast.reserved else None,
+        "process_bytes": process_bytes(forecast),
+        "capacity_bytes": row.capacity_bytes if row else None,
+        "peak_phase": peak[0] if peak else None,
+        "phases": dict(phase_table(forecast)),
+        "states_bytes": None if forecast.trace else ledger.phase_bytes("gpu"),
+        "terms": [term.to_json() for term in ledger.terms if term.place not in {"host", "disk"}],
+    }

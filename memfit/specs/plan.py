@@ -1,0 +1,78 @@
+"""A plan: recipe, chosen levers, layout, forecast, and why. What `train` runs and `plan.json` holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from memfit.specs.hardware import Hardware
+from memfit.specs.ledger import Ledger
+from memfit.specs.recipe import Recipe
+from memfit.specs.trace import StepTrace
+from memfit.specs.workload import Workload
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """What the caching allocator's replay of two steps gave, in bytes, and what lies outside the allocator.
+
+    `requested` is the largest sum of tensors, `peak_allocated` that of their blocks (torch.cuda.max_memory_allocated),
+    `peak_reserved` that of the segments (max_memory_reserved). `outside`: (term id, bytes, source) of context and
+    libraries. `source` says how the replay was made.
+    """
+
+    requested: int
+    peak_allocated: int
+    peak_reserved: int
+    outside: tuple[tuple[str, int, str], ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will need. Figures that cannot be forecast yet are None, never 0."""
+
+    verdict: str  # fits | borderline | does-not-fit | unknown
+    fits: bool | None
+    ledger: Ledger
+    recipe: Recipe
+    defaults: tuple[str, ...]
+    hardware: Hardware
+    workload: Workload | None
+    trainable: dict[str, int] = field(default_factory=dict)
+    frozen: dict[str, int] = field(default_factory=dict)
+    trace: StepTrace | None = None
+    reserved: Reserved | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How states are placed, as numbers only: split how many ways, living where.
+
+    `split_unit` says what is divided: "part" (all tensors of a part end to end), "tensor" (each by itself) or "rows"
+    (the first dimension of each); the worst rank holds the larger share. `gradient_copies` more copies of the gradients
+    exist, each split `split_gradient_copies` ways. `resident` names what is allocated once and stays, among "gradients"
+    and "gradient copies". `source` is upstream's `module:qualname`.
+    """
+
+    name: str
+    split_parameters: int = 1
+    split_gradients: int = 1
+    split_optimizer: int = 1
+    home_parameters: str = "gpu"
+    home_optimizer: str = "gpu"
+    split_unit: str = "part"
+    gradient_copies: int = 0
+    split_gradient_copies: int = 1
+    resident: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One runnable choice. `recipe` is effective: no `auto` is left in what the run needs."""
+
+    recipe: Recipe
+    layout: Layout
+    forecast: Forecast
+    tier: int
+    reasons: tuple[str, ...] = ()

@@ -1,0 +1,57 @@
+"""Tiny models and data, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from memfit.inputs.recipe_file import load_recipe
+from memfit.specs.recipe import Recipe
+from memfit.testing import make_dummy, make_samples
+
+VISION_KINDS = ("minicpmv4_6", "minicpmv4_7", "qwen2_5_vl", "llava")
+
+
+@pytest.fixture(scope="session")
+def dummies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`dummies("llava")` is the folder of a tiny random model of that kind."""
+    root = tmp_path_factory.mktemp("dummies")
+
+    def folder(kind: str) -> Path:
+        path = root / kind
+        return path if path.is_dir() else make_dummy(kind, path)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def slips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data.json of 12 samples with one picture each."""
+    return make_samples(tmp_path_factory.mktemp("samples"), 12)
+
+
+@pytest.fixture
+def recipe(dummies: Callable[[str], Path], slips: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """`recipe("llava", "method=lora")`: a recipe on a tiny model, on the CPU, quick."""
+
+    def make(kind: str, *sets: str) -> Recipe:
+        quick = (
+            f"data.train={slips}",
+            "data.eval=0",
+            "hardware.gpus=1xcpu",
+            "levers.precision=fp32",
+            "levers.checkpointing=none",
+            "levers.micro_batch=2",
+            "batch=4",
+            "schedule.steps=2",
+            "schedule.learning_rate=1e-3",
+            "lora.rank=4",
+            "lora.dropout=0",
+            "generate.max_new_tokens=8",
+            f"run.folder={tmp_path / 'run'}",
+        )
+        return load_recipe(None, [*quick, *sets], model=str(dummies(kind)))
+
+    return make
