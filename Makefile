@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## check, forecast, fine-tune, evaluate and report on handwritten order slips
 	@$(BIN)/python demo/run.py
 
-demo-seeds: $(INSTALLED) ## the demo under three seeds at a time
+demo-seeds: $(INSTALLED) ## the demo under three seeds, one after another
 	@$(BIN)/python demo/run.py --seeds 0 1 2
 
 base: $(INSTALLED) ## train the demo's embedded base model again from nothing

@@ -6,6 +6,7 @@ no `if __name__ == "__main__"` in a user's script.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from memfit.inputs.data.images import ImageError, decode, open_regular, opened
+from memfit.inputs.data.known import ImageFacts, KnownImages, stamp
 
 # (what is done, how many are done, how many there are or None)
 Progress = Callable[[str, int, int | None], None]
@@ -26,26 +28,6 @@ THUMB = 64  # side of the grey thumbnail that near-duplicates are found with
 MOST_THUMBS = 100_000  # thumbnails kept of one scan: 4 KiB each, 0.4 GiB
 _CHUNK = 128  # files handed to the threads at a time: bounds what is waiting, and paces the progress calls
 _MOST_WORKERS = 8  # each may hold one decoded picture and its hash's copy: at most 512 MiB at images.MAX_PIXELS
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What is known of one picture file: its upright size, and more.
-
-    `content`: hash of the file's bytes, the same on every machine. `pixels`: hash of size and RGB values, the same for
-    a copy in another lossless format, but decoders of JPEG may differ by a rounding. `thumb`: THUMB x THUMB grey bytes,
-    None where they were not asked for. `pages`: the file holds further frames, which are not used. `blank`: all pixels
-    have one colour. `transparent`: some pixels are not opaque.
-    """
-
-    width: int
-    height: int
-    content: str
-    pixels: str
-    thumb: bytes | None = None
-    pages: bool = False
-    blank: bool = False
-    transparent: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,15 +52,22 @@ def scan_images(
 ) -> Scan:
     """Facts or the problem of every distinct path; every pixel is read, which alone finds cut-off files.
 
-    At most `workers` pictures are in memory at a time, and at most MOST_THUMBS thumbnails at the end.
+    Without thumbnails, a file that has not changed since it was last read is not read again. At most `workers` pictures
+    are in memory at a time, and at most MOST_THUMBS thumbnails at the end.
     """
     unique = list(dict.fromkeys(paths))
     found: Scan = {}
-    with ThreadPoolExecutor(max_workers=workers or default_workers()) as pool:
+    known = KnownImages()
+    with contextlib.closing(known), ThreadPoolExecutor(max_workers=workers or default_workers()) as pool:
         for start in range(0, len(unique), _CHUNK):
             chunk = unique[start : start + _CHUNK]
+            stamps = {path: stamp(path) for path in chunk}
+            found.update({} if thumbs else known.find(stamps))
+            new = [path for path in chunk if path not in found]
             look = functools.partial(look_at, thumb=thumbs and start + len(chunk) <= MOST_THUMBS)
-            found.update(zip(chunk, pool.map(look, chunk), strict=True))
+            seen = list(zip(new, pool.map(look, new), strict=True))
+            found.update(seen)
+            known.keep(stamps, [(path, fact) for path, fact in seen if isinstance(fact, ImageFacts)])
             if progress:
                 progress("pictures", len(found), len(unique))
     return found
