@@ -19,13 +19,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from memfit.build.adapters import add_adapters, base_name, is_adapter
-from memfit.build.checkpointing import set_checkpointing
-from memfit.build.freeze import DTYPES, set_dtypes, set_learning
+from memfit.build.arrange import Arranged, arrange, autocast_dtype
 from memfit.build.load import random_model
-from memfit.build.loss import causal_loss
 from memfit.catalog.gpus import parse_hardware
-from memfit.catalog.precisions import PRECISIONS
 from memfit.families import family_for
 from memfit.inputs.recipe_file import load_recipe
 from memfit.planner.defaults import resolve
@@ -33,7 +29,7 @@ from memfit.planner.parts import resolve_parts
 from memfit.specs.trace import StepTrace, TraceBatch
 from memfit.specs.workload import ImageCost
 from memfit.trace.batch import make_batch
-from memfit.trace.model import attention_name, checkpointing_modes
+from memfit.trace.model import attention_name
 from memfit.trace.parameters import read_profile
 from memfit.trace.step import TraceRequest, trace_step
 
@@ -55,6 +51,16 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "pure bf16": ("levers.precision=pure-bf16",),
     "amp, checkpointed": ("levers.precision=bf16-amp", "levers.checkpointing=full"),
     "eager": ("levers.attention=eager",),
+    "selective": ("levers.checkpointing=selective",),
+    "selective, lora, amp": ("levers.checkpointing=selective", "method=lora", "levers.precision=bf16-amp"),
+    "vision only": ("levers.checkpointing={vision: full, language: none}",),
+    "each its own": ("levers.checkpointing={vision: every-2, language: selective}",),
+    "offloaded": ("levers.checkpointing=full", "levers.activation_offload=true"),
+    "offloaded, selective": ("levers.checkpointing=selective", "levers.activation_offload=true"),
+    "packed": ("levers.packing=true",),
+    "packed, eager, checkpointed": ("levers.packing=true", "levers.attention=eager", "levers.checkpointing=full"),
+    "chunked": ("levers.loss=chunked",),
+    "chunked, amp, checkpointed": ("levers.loss=chunked", "levers.precision=bf16-amp", "levers.checkpointing=full"),
 }
 
 
@@ -82,29 +88,24 @@ class Measured:
 
 def measure(request: TraceRequest) -> Measured:
     """Run the real step twice on the CPU: once under hooks (which also warms up), once under the profiler."""
-    model, batch = _real_model(request), _real_batch(request)
-    hooked = _hooked_bytes(request, model, batch)
+    real, batch = _real_model(request), _real_batch(request)
+    hooked = _hooked_bytes(request, real, batch)
     with _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
-        _step(request, model, batch, record_function)
-    model.zero_grad(set_to_none=True)
+        _step(request, real, batch, record_function)
+    real.model.zero_grad(set_to_none=True)
     return _read(records, hooked)
 
 
-def _real_model(request: TraceRequest) -> nn.Module:
+def _real_model(request: TraceRequest) -> Arranged:
     """The model of `build`, with random weights instead of a checkpoint."""
-    recipe, parts = request.recipe, request.parts
-    model = random_model(request.family, request.config, attention_name(recipe))
-    if parts.lora_modules:
-        model = add_adapters(model, recipe.lora, parts.lora_modules)
-    set_learning(model, lambda name: is_adapter(name) or base_name(name) in parts.learning)
-    precision = PRECISIONS[str(recipe.levers.precision)]
-    set_dtypes(model, precision.learning, precision.frozen, keep=is_adapter)
-    set_checkpointing(model, lambda name: request.family.part_of(base_name(name)), checkpointing_modes(recipe))
-    return model.train()
+    model = random_model(request.family, request.config, attention_name(request.recipe))
+    arranged = arrange(model, request.recipe, request.parts, request.family)
+    arranged.model.train()
+    return arranged
 
 
 def _real_batch(request: TraceRequest) -> dict[str, Any]:
-    batch = make_batch(request.family, request.config, request.batch)
+    batch = make_batch(request.family, request.config, request.batch, request.recipe.levers.packing)
     return {
         name: torch.rand_like(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in batch.items()
@@ -112,32 +113,33 @@ def _real_batch(request: TraceRequest) -> dict[str, Any]:
 
 
 def _forward(request: TraceRequest, model: nn.Module) -> Callable[..., Any]:
-    if request.recipe.levers.autocast is not True:
+    dtype = autocast_dtype(request.recipe)
+    if dtype is None:
         return model
     from accelerate.utils.operations import convert_outputs_to_fp32
 
     def forward(**inputs: Any) -> Any:
-        with torch.autocast("cpu", dtype=DTYPES[PRECISIONS[str(request.recipe.levers.precision)].compute]):
+        with torch.autocast("cpu", dtype=dtype):
             return model(**inputs)
 
     return convert_outputs_to_fp32(forward)
 
 
-def _step(request: TraceRequest, model: nn.Module, batch: Mapping[str, Any], mark: Any) -> None:
+def _step(request: TraceRequest, real: Arranged, batch: Mapping[str, Any], mark: Any) -> None:
     inputs = dict(batch)
     labels = inputs.pop("labels")
     with mark("forward#"):
-        outputs = _forward(request, model)(**inputs)
+        outputs = _forward(request, real.model)(**inputs)
     with mark("loss#"):
-        loss = causal_loss(outputs, labels)
+        loss = real.loss(outputs, labels)
         del outputs
     with mark("backward#"):
         loss.backward()
 
 
-def _hooked_bytes(request: TraceRequest, model: nn.Module, batch: Mapping[str, Any]) -> int:
+def _hooked_bytes(request: TraceRequest, real: Arranged, batch: Mapping[str, Any]) -> int:
     """Bytes of the unique storages that autograd saves, those of weights, buffers and inputs excepted."""
-    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    known = {t.untyped_storage()._cdata for t in (*real.model.parameters(), *real.model.buffers())}
     known |= {value.untyped_storage()._cdata for value in batch.values() if isinstance(value, torch.Tensor)}
     kept: dict[int, Any] = {}
 
@@ -150,10 +152,10 @@ def _hooked_bytes(request: TraceRequest, model: nn.Module, batch: Mapping[str, A
     inputs = dict(batch)
     labels = inputs.pop("labels")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = causal_loss(_forward(request, model)(**inputs), labels)
+        loss = real.loss(_forward(request, real.model)(**inputs), labels)
     size = sum(storage.nbytes() for storage in kept.values())
     loss.backward()
-    model.zero_grad(set_to_none=True)
+    real.model.zero_grad(set_to_none=True)
     return size
 
 
@@ -236,6 +238,8 @@ def main() -> None:
     for name, config, batch in cases():
         for lever, sets in LEVERS.items():
             if "vision_config" not in config and any("vision" in item for item in sets):
+                continue
+            if "levers.packing=true" in sets and len(batch.rows) == 1:
                 continue
             request = request_for(config, batch, *sets)
             trace, real = trace_step(request), measure(request)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memfit.api import check, estimate, evaluate, gpus, read_recipe, report, train
+    from memfit.api import check, compare, estimate, evaluate, gpus, plot, read_recipe, report, train
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "check", "estimate", "evaluate", "gpus", "read_recipe", "report", "train"]
+__all__ = ["__version__", "check", "compare", "estimate", "evaluate", "gpus", "plot", "read_recipe", "report", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from memfit.catalog.gpus import GPUS
+from memfit.catalog.models import MODELS, ModelRow, find_row
 from memfit.errors import DoesNotFit, UserError
-from memfit.inputs.data import check_data, load_samples
-from memfit.inputs.data.options import check_options
-from memfit.inputs.encode import Encoder
 from memfit.inputs.model_source import find_model, require_weights
 from memfit.inputs.recipe_file import load_recipe, override
 from memfit.inputs.run_folder import new_run_folder, write_json
+from memfit.planner.difference import difference
 from memfit.planner.estimate_text import estimate_text
 from memfit.planner.plan import plan_json
 from memfit.specs.check import CheckReport
+from memfit.specs.difference import Difference
 from memfit.specs.evaluate import EvaluateRequest, EvaluateResult
 from memfit.specs.hardware import GpuRow
 from memfit.specs.plan import Forecast
 from memfit.specs.recipe import Recipe
-from memfit.trace.forecast import Row, forecast_plan, worst_rows
+from memfit.specs.trace import Row
+from memfit.trace.forecast import forecast_plan, worst_rows
 from memfit.trace.prepare import Prepared, prepare
 from memfit.units import duration
 
@@ -75,14 +76,36 @@ def read_recipe(recipe: RecipeLike = None, sets: Sequence[str] = (), model: str 
     return load_recipe(Path(recipe) if recipe is not None else None, sets, model=model)
 
 
-def estimate(recipe: RecipeLike = None, *, sets: Sequence[str] = (), model: str | None = None) -> Forecast:
+def estimate(
+    recipe: RecipeLike = None, *, sets: Sequence[str] = (), model: str | None = None, say: Say = lambda text: None
+) -> Forecast:
     """Forecast the memory of one run. What this version cannot forecast is None and named in `ledger.missing`.
 
     The worst micro-batch comes from the recipe's data where that file is here, else from its workload or the default.
+    A model of the catalogue needs neither network nor files. `say` hears what could not be read.
     """
     wanted = read_recipe(recipe, sets, model)
-    prepared = prepare(wanted)
+    prepared = _prepared_with_data(wanted, say) if _names_data(wanted) else prepare(wanted, catalogue=True)
     return forecast_plan(prepared, _rows_of_data(prepared)).forecast
+
+
+def compare(
+    first: RecipeLike, second: RecipeLike, *, sets: Sequence[str] = (), names: tuple[str, str] | None = None
+) -> Difference:
+    """Two forecasts and what the second has more or less, term by term; `sets` act on both recipes."""
+    one, two = estimate(first, sets=sets), estimate(second, sets=sets)
+    return difference(one, two, names or (_called(first), _called(second)))
+
+
+def plot(forecasts: Forecast | Sequence[Forecast], path: Path, names: Sequence[str] = ()) -> Path:
+    """Draw forecasts: stacked bars by phase and the course of one step. SVG, PNG or HTML by the suffix of `path`.
+
+    UserError for another suffix, and where the file cannot be written.
+    """
+    from memfit.monitor.memory_picture import write_picture
+
+    several = [forecasts] if isinstance(forecasts, Forecast) else list(forecasts)
+    return write_picture(several, list(names) or [forecast.recipe.model for forecast in several], Path(path))
 
 
 def check(
@@ -94,6 +117,10 @@ def check(
     progress: Progress | None = None,
 ) -> CheckReport:
     """Scan the data of a recipe in the model's own units. Its verdict is "refused" when training would refuse."""
+    from memfit.inputs.data import check_data
+    from memfit.inputs.data.options import check_options
+    from memfit.inputs.encode import Encoder
+
     wanted = read_recipe(recipe, sets, model)
     encoder = Encoder(find_model(wanted.model, wanted.model_config), wanted.image)
     return check_data(wanted.data, encoder, check_options(wanted, quarantine, progress))
@@ -112,8 +139,12 @@ def train(
     from memfit.build.build import Materials
     from memfit.build.device import device_for
     from memfit.build.supported import refuse_what_is_not_built
+    from memfit.engine.launch import run_job
     from memfit.engine.train import Job
-    from memfit.engine.train import train as run_job
+    from memfit.inputs.data import load_samples
+    from memfit.inputs.data.options import check_options
+    from memfit.inputs.encode import Encoder
+    from memfit.models import left_on_disk
 
     wanted = read_recipe(recipe, sets, model)
     prepared = prepare(wanted)
@@ -122,6 +153,8 @@ def train(
     refuse_what_is_not_built(states.recipe)
     device_for(prepared.hardware)  # a GPU that torch cannot use is told before anything is read or written
     source = require_weights(prepared.source)
+    for line in left_on_disk(source.config, source.folder):
+        say(line)
     encoder = Encoder(source, wanted.image)
     loaded = load_samples(wanted.data, check_options(wanted, None, progress), encoder)
     micro = int(states.recipe.levers.micro_batch)
@@ -167,19 +200,43 @@ def gpus() -> tuple[GpuRow, ...]:
     return GPUS
 
 
+def models() -> tuple[ModelRow, ...]:
+    """The models that are known by name."""
+    return MODELS
+
+
+def _names_data(recipe: Recipe) -> bool:
+    """Whether the worst sample is to be read from a file that is here."""
+    return recipe.workload == "auto" and recipe.data.train is not None and Path(recipe.data.train).exists()
+
+
+def _prepared_with_data(recipe: Recipe, say: Say) -> Prepared:
+    """Reading samples takes the model's own files; where they cannot be had, the catalogue's facts must do."""
+    try:
+        return prepare(recipe)
+    except UserError as error:
+        if find_row(recipe.model) is None:
+            raise
+        say(f"{recipe.data.train} was not read, the default workload stands in: {error.problem}")
+        return prepare(recipe, catalogue=True)
+
+
 def _rows_of_data(prepared: Prepared) -> tuple[Row, ...]:
     """The worst micro-batch of the recipe's data; empty where the recipe names no file that is here."""
     recipe = prepared.recipe
-    if recipe.workload != "auto" or recipe.data.train is None or not Path(recipe.data.train).exists():
+    if not _names_data(recipe) or prepared.source.folder is None:
         return ()
-    if prepared.source.folder is None:
-        return ()
-    encoder = Encoder(prepared.source, recipe.image)
+    # Imported here and not above: a forecast without data answers in half the time.
+    from memfit.inputs.data.workload import scan_workload
+    from memfit.inputs.encode import Encoder
+
     # A forecast needs the longest good rows only; how many broken ones are too many is for `check` and `train` to say.
-    data = dataclasses.replace(recipe.data, max_broken=0.999)
-    loaded = load_samples(data, check_options(recipe), encoder)
     micro = recipe.levers.micro_batch if isinstance(recipe.levers.micro_batch, int) else 1
-    return worst_rows(loaded.train, loaded.train_costs, encoder, micro)
+    return scan_workload(recipe, Encoder(prepared.source, recipe.image)).batch_rows(micro)
+
+
+def _called(recipe: RecipeLike) -> str:
+    return recipe.model if isinstance(recipe, Recipe) else str(recipe)
 
 
 def _refuse_what_does_not_fit(forecast: Forecast, say: Say) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -24,11 +26,15 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A recipe (YAML); see docs/recipe.md.")]
+SecondArgument = Annotated[
+    Path | None, typer.Argument(metavar="RECIPE2", help="A second recipe: print what it changes, term by term.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe key; may be repeated.")
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Hub id, local folder or config.json; in place of a recipe's model.")
+    str | None,
+    typer.Option("--model", help="Catalogue name, hub id, local folder or config.json; in place of a recipe's model."),
 ]
 GpusOption = Annotated[str | None, typer.Option("--gpus", metavar="2xRTX3090", help="Hardware; see `memfit gpus`.")]
 HostOption = Annotated[str | None, typer.Option("--host-memory", metavar="128GiB", help="Host memory of one machine.")]
@@ -53,25 +59,41 @@ def root(
 @app.command()
 def estimate(
     recipe: RecipeArgument = None,
+    second: SecondArgument = None,
     set_: SetOption = None,
     model: ModelOption = None,
     gpus: GpusOption = None,
     host_memory: HostOption = None,
     why: Annotated[str | None, typer.Option("--why", metavar="ID", help="Formula and source of one term.")] = None,
     as_json: JsonOption = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: a file ending in .svg, .png or .html.")
+    ] = None,
 ) -> None:
-    """Forecast the memory of one run, without a GPU and without weights."""
+    """Forecast the memory of one run, without a GPU and without weights; of two, their difference term by term."""
     from memfit import api
     from memfit.planner.estimate_text import estimate_text
     from memfit.planner.estimate_text import why as explain
     from memfit.planner.forecast_json import forecast_json
 
-    forecast = api.estimate(recipe, sets=_sets(set_, gpus, host_memory), model=model)
-    if as_json:
-        _print_json(forecast_json(forecast))
+    recipes = [recipe] if second is None else [recipe, second]
+    sets = _sets(set_, gpus, host_memory)
+    forecasts = []
+    for one in recipes:
+        with _tracing(one or model, as_json):
+            forecasts.append(api.estimate(one, sets=sets, model=model, say=_say))
+    names = _run_names(recipes, [forecast.recipe.model for forecast in forecasts])
+    if plot is not None:
+        _say(f"picture: {api.plot(forecasts, plot, names)}")
+    if why:
+        print("\n\n".join(explain(forecast, why) for forecast in forecasts))
+    elif len(forecasts) == 2:
+        _print_difference(api.difference(forecasts[0], forecasts[1], names), as_json)
+    elif as_json:
+        _print_json(forecast_json(forecasts[0]))
     else:
-        print(explain(forecast, why) if why else estimate_text(forecast))
-    if forecast.fits is False:
+        print(estimate_text(forecasts[0]))
+    if any(forecast.fits is False for forecast in forecasts):
         raise typer.Exit(3)
 
 
@@ -173,7 +195,7 @@ def gpus(as_json: JsonOption = False) -> None:
 
     rows = api.gpus()
     if as_json:
-        _print_json([vars(row) for row in rows])
+        _print_json([dataclasses.asdict(row) for row in rows])
         return
     heads = ("name", "usable", "nominal", "compute", "bf16", "figure")
     texts = [
@@ -189,6 +211,27 @@ def gpus(as_json: JsonOption = False) -> None:
     ]
     table = Table("GPUs that --gpus knows", heads, tuple(tuple(map(Cell, row)) for row in texts))
     print(f"{table_text(table)}\n\n--json names the source of every figure")
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """The models that are known by name: a forecast of one needs no network."""
+    from memfit import api
+    from memfit.monitor.report_text import table_text
+    from memfit.monitor.tables import Cell, Table
+    from memfit.units import count_text
+
+    rows = api.models()
+    if as_json:
+        _print_json([vars(row) for row in rows])
+        return
+    heads = ("name", "hub id", "parameters", "family", "facts")
+    texts = [(row.name, row.hub_id, count_text(row.parameters), row.family, row.verified) for row in rows]
+    table = Table("Models that --model knows by name", heads, tuple(tuple(map(Cell, row)) for row in texts))
+    print(
+        f"{table_text(table)}\n\nany other model: a hub id, a local folder, or a config.json; "
+        "--json names the source of every row"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -239,6 +282,30 @@ def _sets(given: list[str] | None, gpus: str | None = None, host_memory: str | N
     if host_memory is not None:
         sets.append(f"hardware.host_memory={host_memory}")
     return sets
+
+
+def _run_names(recipes: list[Path | None], models: list[str]) -> tuple[str, ...]:
+    """What the runs are called: their files without what their paths share, or the model."""
+    if any(path is None for path in recipes):
+        return tuple(models)
+    paths = [path for path in recipes if path is not None]
+    return tuple(path.stem if len({p.stem for p in paths}) == len(paths) else str(path) for path in paths)
+
+
+def _tracing(what: object, as_json: bool) -> contextlib.AbstractContextManager[None]:
+    """A line on a terminal while a step is traced; --json is for programs, which need none."""
+    from memfit.monitor.waiting import waiting
+
+    return contextlib.nullcontext() if as_json else waiting(sys.stderr, f"tracing one training step of {what}")
+
+
+def _print_difference(found: Any, as_json: bool) -> None:
+    from memfit.planner.difference_text import difference_text
+
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(difference_text(found))
 
 
 def _whole_command() -> str:

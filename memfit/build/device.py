@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import distributed
 
 from memfit.errors import UserError
 from memfit.inputs import machine
 from memfit.specs.hardware import Hardware
+from memfit.specs.recipe import Recipe
 
 
 def torch_facts() -> machine.TorchFacts:
@@ -49,4 +51,9 @@ def device_for(hardware: Hardware) -> torch.device:
             "run this on the machine with the GPUs; memfit estimate forecasts for hardware that is not here; "
             "--gpus 1xcpu trains on the CPU",
         )
-    return torch.device("cuda", 0)
+    return torch.device("cuda", torch.cuda.current_device())  # the rank's own, set when it joined; 0 alone
+
+
+def waits_for_engine(recipe: Recipe) -> bool:
+    """Whether the model stays in host memory until an engine takes each rank's share of it to the device."""
+    return distributed.is_initialized() and recipe.levers.parallel in {"zero3", "fsdp"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging as upstream_logging
 
+from memfit import models
 from memfit.errors import UserError
 from memfit.families.base import Family
 
 
 def config_object(config: Mapping[str, Any]) -> Any:
     """transformers' config of a config.json's content. Raises UserError when transformers refuses it."""
-    values = {key: value for key, value in config.items() if key != "model_type"}
+    if config.get("model_type") in models.NATIVE:
+        models.register()
+    # A copy to the bottom: upstream writes into nested mappings (rope_scaling gets rope_theta); the config is a key.
+    values = {key: copy.deepcopy(value) for key, value in config.items() if key != "model_type"}
     try:
         return transformers.AutoConfig.for_model(config["model_type"], **values)
     except Exception as error:  # upstream raises many kinds, with the key in the text
@@ -79,7 +84,18 @@ def loaded_model(family: Family, folder: Path, config: Mapping[str, Any], attent
             f"{folder}: the checkpoint does not match its config: {'; '.join(wrong)}",
             "use the config.json that came with these weights, and no model_config overrides when training",
         )
+    _forget_unused_names(model)
     return model
+
+
+def _forget_unused_names(model: Any) -> None:
+    """Saving turns names back by the renamings that loading used, and by no other.
+
+    Under ZeRO-3 transformers keeps all of them (integrations.deepspeed:_load_state_dict_into_zero3_model), and would
+    save under names that no one can load; elsewhere this is a repetition. To go when upstream filters there too.
+    """
+    if getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [rule for rule in model._weight_conversions if rule.was_used()]
 
 
 def load_tensors(model: nn.Module, file: Path, name_of: Callable[[str], str]) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
 
+from memfit import models
 from memfit.families.base import Family
 
 
@@ -22,7 +22,7 @@ class PixelReader:
         if family.images is None:
             raise TypeError(f"{family.name} reads no pictures")
         known = {key: value for key, value in settings.items() if not key.endswith(("_type", "_class"))}
-        self._processor = getattr(transformers, family.images.processor)(**known)
+        self._processor = models.image_processor(family.images.processor)(**known)
         self._wanted = tuple(family.images.batch)
 
     def read(self, pictures: Sequence[Image.Image]) -> dict[str, torch.Tensor]:

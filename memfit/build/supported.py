@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 
 from memfit.catalog.optimizers import OPTIMIZERS
 from memfit.errors import UserError
 from memfit.specs.recipe import Recipe
 
-_SEVERAL = "this version of memfit trains on one GPU; parallel {} is forecast only"
+_SEVERAL = "this version of memfit trains on one GPU or on several CPU ranks; parallel {} on GPUs is forecast only"
+_SPLIT = frozenset({"zero3", "fsdp"})
 
 
 def refuse_what_is_not_built(recipe: Recipe) -> None:
     """Raises UserError that names every pinned value which this version only forecasts."""
+    if recipe.levers.linear_attention == "fla" and importlib.util.find_spec("fla") is None:
+        raise UserError(
+            "levers.linear_attention: fla needs the package flash-linear-attention, which is not installed",
+            "pip install flash-linear-attention, or levers.linear_attention: reference",
+        )
     found = list(_not_built(recipe))
     if not found:
         return
@@ -26,13 +33,13 @@ def _not_built(recipe: Recipe) -> Iterator[str]:
     levers = recipe.levers
     runs: Mapping[str, tuple[object, ...]] = {
         "method": ("full", "lora"),
-        "levers.loss": ("full-logits",),
+        "levers.loss": ("full-logits", "chunked", "fused"),
         "levers.attention": ("eager", "sdpa", "flash"),
-        "levers.linear_attention": ("auto", "reference"),
-        "levers.offload": ("none",),
-        "levers.activation_offload": ("auto", False),
+        "levers.linear_attention": ("auto", "reference", "fla"),
+        "levers.offload": ("none", "optimizer", "params+optimizer"),
+        "levers.offload_to": ("auto", "host"),
+        "levers.activation_offload": ("auto", True, False),
         "levers.allocator": ("auto", "default"),
-        "levers.packing": (False,),
         "run.on_oom": ("stop",),
         "goal": ("fast",),
     }
@@ -41,16 +48,22 @@ def _not_built(recipe: Recipe) -> Iterator[str]:
         value = getattr(getattr(recipe, section) if section else recipe, name)
         if value not in allowed:
             yield f"{key}={value} (runs: {', '.join(str(item) for item in allowed if item != 'auto')})"
-    if levers.parallel != "none":
+    if levers.parallel != "none" and not _on_cpu(recipe):
         yield _SEVERAL.format(levers.parallel)
-    chosen = levers.checkpointing
-    for part, mode in chosen.items() if isinstance(chosen, Mapping) else [("", chosen)]:
-        if mode == "selective":
-            yield f"levers.checkpointing{'.' if part else ''}{part}=selective (runs: none, full, every-N)"
+    if levers.parallel in _SPLIT and levers.loss == "chunked":
+        # Ranks with different numbers of trained tokens would gather the head a different number of times, and hang.
+        yield f"levers.loss=chunked with parallel {levers.parallel} (runs: full-logits)"
     if not OPTIMIZERS[levers.optimizer].runs_today:
         able = ", ".join(name for name, row in OPTIMIZERS.items() if row.runs_today)
         yield f"levers.optimizer={levers.optimizer} (runs: {able})"
     if recipe.lora.modules_to_save:
         yield "lora.modules_to_save (use parts: full copies cost memory that training a part itself does not)"
-    if recipe.engine:
+    if recipe.engine and levers.parallel == "none":
         yield f"engine.{next(iter(recipe.engine))} (there is no engine configuration under parallel none)"
+    if recipe.engine.get("fsdp", {}).get("reshard_root"):
+        yield "engine.fsdp.reshard_root (accelerate.utils.fsdp_utils:fsdp2_prepare_model leaves the root gathered)"
+
+
+def _on_cpu(recipe: Recipe) -> bool:
+    """Whether an effective recipe's hardware are CPU ranks."""
+    return recipe.hardware != "auto" and recipe.hardware.gpus.lower().endswith("xcpu")

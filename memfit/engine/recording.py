@@ -11,6 +11,7 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from memfit.engine.ranks import is_first, summed
 from memfit.engine.run_log import RunLog
 from memfit.engine.trainer import StepCounts
 from memfit.errors import RunFailed
@@ -49,13 +50,15 @@ class Recorder(TrainerCallback):
         rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
         on_gpu = torch.cuda.is_available() and not args.use_cpu
         counts = self._counts
+        own = (counts.tokens, counts.padded_tokens, counts.trained_tokens)
+        tokens, padded_tokens, trained_tokens = summed(own, args.device)
         self._row = {
             "step": state.global_step,
             "epoch": round(state.epoch or 0.0, 4),
             "learning_rate": rates,
-            "tokens": counts.tokens,
-            "padded_tokens": counts.padded_tokens,
-            "trained_tokens": counts.trained_tokens,
+            "tokens": tokens,
+            "padded_tokens": padded_tokens,
+            "trained_tokens": trained_tokens,
             "seconds": round(seconds, 4),
             "wait_seconds": round(waited, 4),
             "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
@@ -78,7 +81,8 @@ class Recorder(TrainerCallback):
         if "loss" in logs and self._row:
             row = self._row | {"loss": logs["loss"], "grad_norm": _number(logs.get("grad_norm"))}
             self._log.write("step", **row)
-            self.progress.step(row, state.max_steps)
+            if is_first():
+                self.progress.step(row, state.max_steps)
             self._row = {}
             if not math.isfinite(row["loss"]):
                 raise RunFailed(
@@ -87,7 +91,8 @@ class Recorder(TrainerCallback):
                 )
         elif "eval_loss" in logs:
             self._log.write("eval", step=state.global_step, loss=logs["eval_loss"], seconds=logs.get("eval_runtime"))
-            self.progress.say(f"step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}")
+            if is_first():
+                self.progress.say(f"step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._log.write("save", step=state.global_step, folder=f"checkpoints/checkpoint-{state.global_step}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,35 +14,53 @@ from torch import nn
 
 from memfit.build.adapters import base_name, is_adapter
 from memfit.build.build import TRAINED_PARTS
+from memfit.engine.gather import whole_state
+from memfit.engine.ranks import is_first
 from memfit.inputs.run_folder import free_bytes
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
 
-def save_weights(model: nn.Module, folder: Path, source: Path, dtype: torch.dtype | None = None) -> None:
+def save_weights(
+    model: nn.Module,
+    folder: Path,
+    source: Path,
+    dtype: torch.dtype | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write a loadable model folder: the whole model, or PEFT's adapter with the fully trained parts beside it.
 
-    `dtype` casts the floating weights of a whole model (None keeps each tensor as it lives). Raises OSError when the
-    disk is full, whatever the writer underneath called it.
+    Every rank must call where the model is split, and the first one writes. `dtype` casts the floating weights of a
+    whole model (None keeps each tensor as it lives). `state`: what `saved_state` gathered before. Raises OSError when
+    the disk is full, whatever the writer underneath called it.
     """
+    state = saved_state(model, dtype) if state is None else state
+    if not is_first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with _disk_errors(folder):
         if isinstance(model, PeftModel):
-            model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-            trained = {
-                base_name(name): parameter.detach().contiguous().cpu()
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad and not is_adapter(name) and ".modules_to_save." not in name
-            }
+            adapters = {name: tensor for name, tensor in state.items() if _is_peft_saved(name)}
+            model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False, state_dict=adapters)
+            trained = {base_name(n): t.contiguous().cpu() for n, t in state.items() if not _is_peft_saved(n)}
             if trained:
                 save_file(trained, folder / TRAINED_PARTS, metadata={"format": "pt"})
         else:
-            state = model.state_dict()
-            if dtype is not None:
-                state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
             model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         copy_companions(source, folder)
+
+
+def saved_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """What is saved of a model, whole, on the first rank: all of it, or with adapters what learns. All ranks call."""
+    if not isinstance(model, PeftModel):
+        return whole_state(model, dtype=dtype)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return whole_state(model, lambda name: name in learning or is_adapter(name))
+
+
+def _is_peft_saved(parameter: str) -> bool:
+    return is_adapter(parameter) or ".modules_to_save." in parameter
 
 
 def copy_companions(source: Path, folder: Path) -> None:

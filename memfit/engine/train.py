@@ -15,15 +15,26 @@ from transformers import TrainingArguments, set_seed
 
 from memfit.build.build import Built, Materials, build
 from memfit.build.data import SampleDataset
-from memfit.build.loss import causal_loss
+from memfit.build.freeze import whole_numel
 from memfit.catalog.optimizers import OPTIMIZERS
+from memfit.engine.engines import Engine, engine_of
+from memfit.engine.gather import is_split
+from memfit.engine.ranks import count, is_first, rank
 from memfit.engine.recording import Recorder
 from memfit.engine.run_log import RunLog
-from memfit.engine.save import drop_half_checkpoints, free_name, looks_like_full_disk, save_or_rescue, save_weights
+from memfit.engine.sampling import FilledDataset
+from memfit.engine.save import (
+    drop_half_checkpoints,
+    free_name,
+    looks_like_full_disk,
+    save_or_rescue,
+    save_weights,
+    saved_state,
+)
 from memfit.engine.trainer import Hooks, MemfitTrainer, PartRates
 from memfit.errors import RunFailed, UserError
 from memfit.inputs.cache import cache_folder
-from memfit.inputs.run_folder import RunFolder, free_bytes
+from memfit.inputs.run_folder import RunFolder, free_bytes, write_json
 from memfit.specs.plan import Plan
 from memfit.specs.recipe import Recipe
 from memfit.specs.sample import Sample
@@ -90,16 +101,24 @@ def train(job: Job) -> Trained:
     if not job.train:
         raise UserError("no training samples are left", "run memfit check on the data")
     set_seed(recipe.seed)
-    built = build(job.plan, job.materials)
     steps = count_steps(recipe, len(job.train), job.plan.forecast.hardware.ranks)
-    _refuse_small_disk(job, built)
-    log = RunLog(job.folder.log)
-    trainer, recorder = _trainer(job, built, steps, log)
-    log.write("start", **_start_facts(job, built, steps))
+    engine = engine_of(job.plan)
+    # Before the model: under ZeRO-3 transformers splits it while it loads, by the configuration that these hold.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # upstream's deprecations are not the user's
+        arguments = _arguments(job, steps, engine)
+    built = build(job.plan, job.materials)
+    log = RunLog(job.folder.log if is_first() else job.folder.path / "logs" / f"rank-{rank()}.jsonl")
+    if is_first():
+        _refuse_small_disk(job, built)
+        write_json(job.folder.path / "engine.json", {"name": engine.name, "config": dict(engine.config)})
+    trainer, recorder = _trainer(job, built, arguments, engine, log)
+    log.write("start", **_start_facts(job, built, steps), engine=engine.name, ranks=count(), notes=list(engine.notes))
     try:
         outcome = trainer.train()
     except KeyboardInterrupt:
-        _keep(job, built, log, "interrupted")
+        if count() == 1:  # several ranks are stopped at several places: what they hold is no one step's
+            _keep(job, built, log, "interrupted")
         raise
     except Exception as error:
         raise _explained(error, job, built, log) from error
@@ -136,23 +155,26 @@ def learning_rates(recipe: Recipe, learning_parts: Sequence[str]) -> Mapping[str
     return {part: float(rate[part]) for part in learning_parts}  # type: ignore[index]
 
 
-def _trainer(job: Job, built: Built, steps: Steps, log: RunLog) -> tuple[MemfitTrainer, Recorder]:
-    recipe = job.plan.recipe
+def _trainer(
+    job: Job, built: Built, arguments: TrainingArguments, engine: Engine, log: RunLog
+) -> tuple[MemfitTrainer, Recorder]:
+    recipe, total = job.plan.recipe, arguments.max_steps
     rates = PartRates(learning_rates(recipe, sorted(built.trainable)), built.part_of)
-    hooks = Hooks(rates, lambda model, folder: save_weights(model, folder, built.source_folder))
-    pilot_steps = max(PILOT_STEPS[0], min(PILOT_STEPS[1], int(steps.total * PILOT_SHARE)))
-    recorder = Recorder(log, hooks.counts, min(pilot_steps, steps.total) if job.pilot else None)
-    evaluate = SampleDataset(job.evaluate, built.encoder, built.pixels) if job.evaluate and not job.pilot else None
+    hooks = Hooks(rates, lambda model, folder: save_weights(model, folder, built.source_folder), engine)
+    pilot_steps = max(PILOT_STEPS[0], min(PILOT_STEPS[1], int(total * PILOT_SHARE)))
+    recorder = Recorder(log, hooks.counts, min(pilot_steps, total) if job.pilot else None)
+    samples = SampleDataset(job.train, built.encoder, built.pixels)
+    evaluate = SampleDataset(job.evaluate, built.encoder, built.pixels) if _evaluates(job) else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # upstream's deprecations are not the user's
         trainer = MemfitTrainer(
             model=built.model,
-            args=_arguments(job, steps, evaluate is not None),
+            args=arguments,
             data_collator=built.collator,
-            train_dataset=SampleDataset(job.train, built.encoder, built.pixels),
+            train_dataset=FilledDataset(samples) if count() > 1 else samples,
             eval_dataset=evaluate,
             callbacks=[recorder],
-            compute_loss_func=causal_loss,
+            compute_loss_func=built.loss,
             hooks=hooks,
         )
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -162,7 +184,11 @@ def _trainer(job: Job, built: Built, steps: Steps, log: RunLog) -> tuple[MemfitT
     return trainer, recorder
 
 
-def _arguments(job: Job, steps: Steps, evaluates: bool) -> TrainingArguments:
+def _evaluates(job: Job) -> bool:
+    return bool(job.evaluate) and not job.pilot
+
+
+def _arguments(job: Job, steps: Steps, engine: Engine) -> TrainingArguments:
     """Every value that matters said outright: upstream's defaults move between versions."""
     recipe, hardware = job.plan.recipe, job.plan.forecast.hardware
     schedule, levers = recipe.schedule, recipe.levers
@@ -184,8 +210,7 @@ def _arguments(job: Job, steps: Steps, evaluates: bool) -> TrainingArguments:
         adam_beta2=schedule.betas[1],
         max_grad_norm=schedule.clip,
         optim=OPTIMIZERS[levers.optimizer].engine_name,
-        bf16=levers.autocast is True and levers.precision.startswith("bf16"),
-        fp16=levers.autocast is True and levers.precision.startswith("fp16"),
+        average_tokens_across_devices=True,
         gradient_checkpointing=False,  # build sets it layer by layer
         use_cpu=cpu,
         seed=recipe.seed,
@@ -193,7 +218,7 @@ def _arguments(job: Job, steps: Steps, evaluates: bool) -> TrainingArguments:
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluates else "no",
+        eval_strategy="steps" if _evaluates(job) else "no",
         eval_steps=every,
         prediction_loss_only=True,
         save_strategy="no" if job.pilot else "steps",
@@ -207,14 +232,20 @@ def _arguments(job: Job, steps: Steps, evaluates: bool) -> TrainingArguments:
         report_to=list(recipe.run.report_to) or "none",
         disable_tqdm=True,
         log_level="error",
+        log_level_replica="error",
+        ddp_backend="gloo" if cpu and engine.name != "none" else None,
+        **engine.arguments(job.plan),
     )
 
 
 def _keep(job: Job, built: Built, log: RunLog, name: str) -> Path:
     """Save the live weights as RUN/NAME, or in the cache folder when the run's disk is full."""
+    state = saved_state(built.model, built.saved_dtype) if is_split(built.model) else None
+    if not is_first():
+        return job.folder.path / name
     rescue = free_name(cache_folder() / "rescued" / f"{job.folder.path.name}-{name}")
     where, problem = save_or_rescue(
-        lambda folder: save_weights(built.model, folder, built.source_folder, built.saved_dtype),
+        lambda folder: save_weights(built.model, folder, built.source_folder, built.saved_dtype, state),
         job.folder.path / name,
         rescue,
     )
@@ -234,11 +265,12 @@ def _refuse_small_disk(job: Job, built: Built) -> None:
     """Ask for the room of the final model and the checkpoints before hours are spent."""
     if job.pilot:
         return
-    learning = sum(p.numel() * p.element_size() for p in built.model.parameters() if p.requires_grad)
-    whole = sum(p.numel() * p.element_size() for p in built.model.parameters())
+    learning = sum(whole_numel(p) * p.element_size() for p in built.model.parameters() if p.requires_grad)
+    whole = sum(whole_numel(p) * p.element_size() for p in built.model.parameters())
     weights = learning if built.adapted else whole
     terms = job.plan.forecast.ledger.terms
     optimizer = sum(term.bytes for term in terms if term.id.split(".")[0] in {"optimizer", "master"})
+    optimizer *= job.plan.layout.split_optimizer  # the terms are one rank's
     # The newest checkpoint is written before the oldest is removed.
     needed = int(weights + (job.plan.recipe.run.keep + 1) * (weights + optimizer))
     free = free_bytes(job.folder.path)

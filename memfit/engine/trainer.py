@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import Trainer
+
+from memfit.engine.engines import Engine
+from memfit.engine.sampling import FilledDataset, FilledSampler
 
 IGNORED = -100  # labels without loss
 
@@ -34,19 +38,26 @@ class PartRates:
 
 @dataclass
 class Hooks:
-    """What memfit adds to a Trainer: rates by part, counts by step, and how weights are written."""
+    """What memfit adds to a Trainer: rates by part, counts by step, how weights are written, and the engine.
+
+    `save_weights` is called by every rank.
+    """
 
     rates: PartRates
     save_weights: Callable[[nn.Module, Path], None]
+    engine: Engine
     counts: StepCounts = field(default_factory=StepCounts)
 
 
 class MemfitTrainer(Trainer):
-    """transformers' Trainer with three methods of its own.
+    """transformers' Trainer with five methods of its own.
 
     - `create_optimizer`: one group of parameters for each part and decay, so that every part has its learning rate.
     - `training_step`: counts real, padded and trained tokens before the step runs.
-    - `_save`: writes the weights as memfit does (adapters and trained parts apart, the source's own files beside them).
+    - `save_model`: writes the weights as memfit does (adapters and trained parts apart, the source's own files beside
+      them), gathered tensor by tensor where they are split.
+    - `create_accelerator_and_postprocess`: tells accelerate what the arguments have no word for.
+    - `_get_train_sampler`: several ranks see one rank's order, and no sample twice.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -65,19 +76,36 @@ class MemfitTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch, counted."""
-        counts = self.hooks.counts
-        padded = inputs["input_ids"].numel()
+        counts, ids = self.hooks.counts, inputs["input_ids"]
         mask = inputs.get("attention_mask")
-        counts.padded_tokens += padded
-        counts.tokens += padded if mask is None else int(mask.sum())
         # The first label of a row is never a target: the loss looks one token ahead.
-        counts.trained_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        trained = (inputs["labels"][:, 1:] != IGNORED).sum(1)
+        # Several ranks are filled up to equal batches with rows that carry no loss; these are not the user's samples.
+        real = trained > 0 if self.args.world_size > 1 else torch.ones_like(trained, dtype=torch.bool)
+        tokens = torch.full_like(trained, ids.shape[1]) if mask is None else mask.sum(1)
+        counts.padded_tokens += ids.numel()
+        counts.tokens += int(tokens[real].sum())
+        counts.trained_tokens += int(trained.sum())
         counts.micro_batches += 1
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            self.hooks.save_weights(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights. Every rank must call."""
+        # `self.model` is the inner one, except under FSDP2, which wraps nothing.
+        self.hooks.save_weights(self.model, Path(output_dir or self.args.output_dir))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator, with the engine's remaining values."""
+        super().create_accelerator_and_postprocess()
+        self.hooks.engine.finish(self.accelerator, self.model, self.args, self.hooks.rates.by_part)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if not isinstance(dataset, FilledDataset):
+            return super()._get_train_sampler(train_dataset)
+        unit = self.args.world_size * self.args.per_device_train_batch_size
+        return FilledSampler(dataset, unit, self.args.data_seed)
 
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
         rates = self.hooks.rates

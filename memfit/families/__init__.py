@@ -8,10 +8,11 @@ from typing import Any
 from rapidfuzz import process
 
 from memfit.errors import UserError
-from memfit.families import llava, minicpmv4_6, minicpmv4_7, qwen2_5_vl, text
+from memfit.families import llava, minicpmv2, minicpmv4_6, minicpmv4_7, qwen2_5_vl, text
 from memfit.families.base import Family
 
 FAMILIES: tuple[Family, ...] = (
+    minicpmv2.FAMILY,
     minicpmv4_6.FAMILY,
     minicpmv4_7.FAMILY,
     qwen2_5_vl.FAMILY,

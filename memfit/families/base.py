@@ -26,6 +26,8 @@ class Images:
     `needs_token_types` asks the collator for `mm_token_type_ids` (1 at image tokens).
     `tokens`: the names of special tokens that `placeholder` writes and their texts where the tokenizer names none.
     `marker` is what a chat template that takes plain text only gets for a picture; empty means `image_token`.
+    `newlines`: such a template gets pictures and words joined by newlines, one at each joint.
+    `token_in_config`: config.json names the image token's id; otherwise only the tokenizer knows it.
     """
 
     processor: str
@@ -37,6 +39,8 @@ class Images:
     needs_token_types: bool = False
     tokens: Mapping[str, str] = field(default_factory=dict)
     marker: str = ""
+    newlines: bool = False
+    token_in_config: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Family:
     `parts`: (prefix of the parameter name in transformers' model, part), the first match wins.
     `blocks`: part -> prefix of its numbered blocks. `lora_targets`: module-name endings that `auto` means.
     `chat_template` is used when the tokenizer brings none. `forward_kwargs` go to every forward and generate call.
+    `native`: the classes are memfit's own (`memfit.models`), as transformers has none.
+    `unreached`: config -> name prefixes of parameters whose output the loss never sees: they get no gradient.
     """
 
     name: str
@@ -57,6 +63,8 @@ class Family:
     images: Images | None = None
     chat_template: str | None = None
     forward_kwargs: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
+    native: bool = False
+    unreached: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def part_of(self, parameter: str) -> str:

@@ -17,6 +17,7 @@ from memfit.specs.workload import ImageCost
 TOWERS = {"clip_vision_model": (1, 32, 224), "siglip_vision_model": (0, 16, 224)}
 # models.llava.configuration_llava:LlavaConfig, the vision tower of a config that names none
 DEFAULT_TOWER: dict[str, Any] = {"model_type": "clip_vision_model", "patch_size": 14, "image_size": 336}
+DEFAULT_LAYERS = 12  # CLIPVisionConfig and SiglipVisionConfig: num_hidden_layers
 
 # preprocessor_config.json's class -> its defaults. All three are the same PIL pipeline with other defaults, so
 # LlavaImageProcessorPil with these values spelt out does what they do.
@@ -134,6 +135,19 @@ def processor_settings(
     return settings
 
 
+def unreached(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the tower computes behind the layer that is read: it gets no gradient.
+
+    Source: transformers.models.llava.modeling_llava:LlavaModel.get_image_features (hidden_states[vision_feature_layer],
+    of which the first are the embeddings).
+    """
+    layers = int((config.get("vision_config") or DEFAULT_TOWER).get("num_hidden_layers", DEFAULT_LAYERS))
+    wanted = config.get("vision_feature_layer", -2)
+    read = [index + layers + 1 if index < 0 else index for index in (wanted if isinstance(wanted, list) else [wanted])]
+    behind = [f"model.vision_tower.encoder.layers.{layer}." for layer in range(max(read), layers)]
+    return (*behind, "model.vision_tower.post_layernorm.", "model.vision_tower.head.")
+
+
 def placeholder(cost: ImageCost, index: int, settings: Mapping[str, Any]) -> str:
     """The image token as often as the picture has tokens."""
     token: str = settings.get("tokens", {}).get("image_token", "<image>")
@@ -162,6 +176,7 @@ FAMILY = Family(
         tokens={"image_token": "<image>"},
         marker="<image>\n",
     ),
+    unreached=unreached,
     # The Vicuna dialogue that LLaVA 1.5 was trained on: pictures open the turn, </s> ends an answer.
     chat_template=(
         "{%- for message in messages %}"

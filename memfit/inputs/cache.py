@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from memfit.inputs.shipped import shipped
 from memfit.specs.profile import Profile
 
 # Raised when a profile's rows change their meaning, so that old files are not read as new ones.
@@ -30,11 +31,14 @@ def cache_folder(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def installed_versions() -> tuple[tuple[str, str], ...]:
-    """Versions of torch and transformers as installed, without importing them; "none" where one is missing."""
+    """Versions of torch and transformers as installed, without importing them; "none" where one is missing.
+
+    Without what names the build (2.13.0+cpu): the device that is traced is the recipe's, whatever torch was built for.
+    """
     versions = []
     for name in ("torch", "transformers"):
         try:
-            versions.append((name, importlib.metadata.version(name)))
+            versions.append((name, importlib.metadata.version(name).partition("+")[0]))
         except importlib.metadata.PackageNotFoundError:
             versions.append((name, "none"))
     return tuple(versions)
@@ -48,11 +52,15 @@ def profile_key(config: Mapping[str, Any], family_name: str) -> str:
 
 
 def load_profile(key: str, folder: Path | None = None) -> Profile | None:
-    """The cached profile, or None when there is none or its file cannot be read: then it is built again."""
+    """The cached or shipped profile, or None when there is none or it cannot be read: then it is built again."""
+    data: Any
     try:
         data = json.loads(_path(key, folder).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        data = shipped("profiles", key)
+    try:
         profile = Profile.from_json(data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         return None
     return profile if profile.key == key else None
 

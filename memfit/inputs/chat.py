@@ -154,6 +154,33 @@ def around_answer(template: ChatTemplate, style: Style, answer: str) -> tuple[st
     return before[len(opening) :] if before.startswith(opening) else "", behind
 
 
+def always_opens(template: ChatTemplate, style: Style) -> bool:
+    """Whether the template opens an answer behind a finished conversation too, whatever it is told (MiniCPM-V 2.5).
+
+    Then the same stands behind the last answer as between a question and its answer.
+    """
+    content = [{"type": "text", "text": _PROBE}] if style == "parts" else _PROBE
+    text = template.render([{"role": "user", "content": content}, {"role": "assistant", "content": content}])
+    _, between, behind = text.split(_PROBE)
+    return between == behind and bool(behind.strip())
+
+
+def joined_by_newlines(pieces: Sequence[str | int], marker: str) -> str:
+    """Words and pictures of a turn with one newline at each joint; newlines that stand there already count."""
+    parts: list[str] = []
+    for index, piece in enumerate(pieces):
+        if isinstance(piece, int):
+            parts.append(marker)
+            continue
+        if index:
+            piece = piece.removeprefix("\n")
+        if index + 1 < len(pieces):
+            piece = piece.removesuffix("\n")
+        if piece:
+            parts.append(piece)
+    return "\n".join(parts)
+
+
 def moves_pictures(template: ChatTemplate, image_token: str | None) -> bool:
     """Whether the template writes a turn's pictures before its words, wherever they stood."""
     if image_token is None:

@@ -18,7 +18,15 @@ from memfit.errors import UserError
 from memfit.families import family_for
 from memfit.families.base import Images
 from memfit.families.budget import pinned_knob
-from memfit.inputs.chat import ChatTemplate, Style, around_answer, content_style, moves_pictures
+from memfit.inputs.chat import (
+    ChatTemplate,
+    Style,
+    always_opens,
+    around_answer,
+    content_style,
+    joined_by_newlines,
+    moves_pictures,
+)
 from memfit.inputs.model_source import ModelSource
 from memfit.inputs.tokens import add_missing_tokens, load_tokenizer, special_names, special_pattern
 from memfit.specs.recipe import ImageBudget
@@ -63,14 +71,15 @@ class Encoder:
     """Encodes samples for one model under one image budget.
 
     UserError at once when the tokenizer, the template or the budget does not suit the model. Public attributes:
-    `family`, `processor_settings` (the preprocessor's, with the budget compiled in), `image_token`, `image_token_id`
-    (both None for text models), `pad_id`, `stop_ids`, `end_mark` (the token that ends an answer), `adds_end_mark`
-    (the template writes none, so it is put behind each answer), `moves_pictures` (the template puts a turn's
-    pictures before its words).
+    `source`, `family`, `processor_settings` (the preprocessor's, with the budget compiled in), `image_token`,
+    `image_token_id` (both None for text models), `pad_id`, `stop_ids`, `end_mark` (the token that ends an answer),
+    `adds_end_mark` (the template writes none, so it is put behind each answer), `moves_pictures` (the template puts a
+    turn's pictures before its words).
     """
 
     def __init__(self, source: ModelSource, budget: ImageBudget | None = None) -> None:
         budget = budget or ImageBudget()
+        self.source = source
         self.family = family_for(source.config)
         self.images = self.family.images
         self._budget_tokens = budget.max_tokens if isinstance(budget.max_tokens, int) else None
@@ -93,6 +102,7 @@ class Encoder:
         self._template = ChatTemplate(source.chat_template or self.family.chat_template or "", self._names)
         self._style: Style = content_style(self._template, self.image_token)
         self.end_mark, self.adds_end_mark, self._opening_gap = self._find_end_mark(source)
+        self._always_opens = always_opens(self._template, self._style)
         self.moves_pictures = self._style == "parts" and moves_pictures(self._template, self.image_token)
         self.pad_id, self.stop_ids = self._ending_ids(source)
 
@@ -193,7 +203,10 @@ class Encoder:
             content: Any
             if self._style == "text":
                 marker = (self.images.marker or self.image_token) if self.images else ""
-                content = "".join(piece if isinstance(piece, str) else str(marker) for piece in pieces)
+                if self.images and self.images.newlines:
+                    content = joined_by_newlines(pieces, str(marker))
+                else:
+                    content = "".join(piece if isinstance(piece, str) else str(marker) for piece in pieces)
             else:
                 content = [
                     {"type": "text", "text": piece} if isinstance(piece, str) else {"type": "image"} for piece in pieces
@@ -220,6 +233,8 @@ class Encoder:
         real = self._render(sample, self._messages(turns), generation)
         for candidate in (answers, [answer.strip() for answer in answers]):
             if "".join(b + a for b, a in zip(parts, candidate, strict=True)) + tail == real:
+                if self._always_opens and not generation and tail.startswith(self.end_mark):
+                    tail = self.end_mark  # the opening of an answer that never comes
                 return self._marked(parts, candidate, tail)
         raise UserError(
             f"row {sample.row}: the chat template changes the words of an answer",

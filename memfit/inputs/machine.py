@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import re
 import shutil
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memfit.catalog.gpus import GPUS, NOMINAL_SHARE
+from memfit.catalog.links import PCIE_LANE_RATE
 from memfit.catalog.torch_builds import TORCH_BUILDS, TorchBuild
 from memfit.errors import UserError
-from memfit.specs.hardware import GpuRow, Hardware
+from memfit.inputs.gpu_state import GpuState, gpu_states, links_between
+from memfit.specs.hardware import GpuLink, GpuRow, Hardware
 from memfit.units import GIB, MIB
 
 # A driver that does not answer in this time is taken for absent; a first call may have to wake the GPUs.
@@ -25,6 +28,8 @@ SMI_SECONDS = 20.0
 BF16_CAPABILITY = 8.0
 # What makers and boards add to a chip's name.
 _BOARD = re.compile(r"\b(NVIDIA|GeForce|Tesla|Quadro|PCIe|PCI|SXM\d*|HBM\d\w*|NVL|\d+\s?GB)\b", re.IGNORECASE)
+# What others hold is counted in such steps, rounded up: a forecast should not change with every window of a desktop.
+HELD_STEP = 64 * MIB
 # A row stands for a GPU if the driver's total lies within this share of its nominal size.
 SIZE_TOLERANCE = 0.08
 
@@ -62,6 +67,7 @@ def detect(root: Path = Path("/")) -> Hardware:
     host = host_memory_bytes(root)
     if not gpus:
         return Hardware(gpu=None, gpus_per_node=1, host_memory_bytes=host, detected=True)
+    states = gpu_states(_smi)
     rows = [gpu_row(gpu) for gpu in gpus]
     if len({row.name for row in rows}) > 1:
         kinds = ", ".join(f"{gpu.index}: {gpu.name}" for gpu in gpus)
@@ -69,7 +75,38 @@ def detect(root: Path = Path("/")) -> Hardware:
             f"this machine has GPUs of several kinds ({kinds})",
             f"choose those of one kind, for example CUDA_VISIBLE_DEVICES={gpus[0].index}",
         )
-    return Hardware(gpu=rows[0], gpus_per_node=len(rows), host_memory_bytes=host, detected=True)
+    seen = [states[gpu.index] for gpu in gpus if gpu.index in states]
+    held = -(-max((state.held_bytes for state in seen), default=0) // HELD_STEP) * HELD_STEP
+    return Hardware(
+        gpu=_without(_as_wired(rows[0], seen), held),
+        gpus_per_node=len(rows),
+        host_memory_bytes=host,
+        detected=True,
+        held_bytes=held,
+        links=links_between(_smi, [gpu.index for gpu in gpus]),
+    )
+
+
+def _without(row: GpuRow, held: int) -> GpuRow:
+    """The row with what is left of its memory beside what others hold."""
+    if not held:
+        return row
+    source = f"{row.source}; less {held // MIB} MiB that other processes or a desktop hold"
+    return dataclasses.replace(row, capacity_bytes=max(0, row.capacity_bytes - held), source=source)
+
+
+def _as_wired(row: GpuRow, seen: Sequence[GpuState]) -> GpuRow:
+    """The row with the PCIe of this machine's worst slot, where that is known and differs."""
+    generations = [state.pcie_generation for state in seen if state.pcie_generation in PCIE_LANE_RATE]
+    lanes = [state.pcie_lanes for state in seen if state.pcie_lanes]
+    if not generations or not lanes:
+        return row
+    link = row.link or GpuLink(0, 0, peer=False)
+    found = dataclasses.replace(link, pcie_generation=min(generations), pcie_lanes=min(lanes))
+    if found == link:
+        return row
+    found = dataclasses.replace(found, verified="detected", source="nvidia-smi: pcie.link.gen.max, pcie.link.width.max")
+    return dataclasses.replace(row, link=found)
 
 
 def detected_gpus(environment: Mapping[str, str] | None = None) -> tuple[DetectedGpu, ...]:
@@ -110,11 +147,10 @@ def detected_gpus(environment: Mapping[str, str] | None = None) -> tuple[Detecte
 
 def gpu_row(gpu: DetectedGpu) -> GpuRow:
     """The catalogue's row for a GPU, or one made from what the driver reports, marked "detected"."""
-    chip = re.sub(r"[\s_-]", "", _BOARD.sub("", gpu.name.replace("-", " "))).upper()
-    for row in GPUS:
-        off = abs(gpu.memory_bytes - row.nominal_gib * GIB) / (row.nominal_gib * GIB)
-        if row.chip == chip and off <= SIZE_TOLERANCE:
-            return row
+    for chip in _chips(gpu.name):
+        rows = [row for row in GPUS if row.chip.upper() == chip and _size_off(row, gpu) <= SIZE_TOLERANCE]
+        if rows:
+            return min(rows, key=lambda row: _size_off(row, gpu))
     capability = gpu.compute_capability
     return GpuRow(
         name=re.sub(r"NVIDIA|GeForce|Tesla|[^A-Za-z0-9.-]", "", gpu.name) or "GPU",
@@ -126,6 +162,18 @@ def gpu_row(gpu: DetectedGpu) -> GpuRow:
         verified="detected",
         source=f"{NOMINAL_SHARE} of the {gpu.memory_bytes // MIB} MiB that driver {gpu.driver} reports for {gpu.name}",
     )
+
+
+def _chips(name: str) -> list[str]:
+    """What a driver's name may stand for: the chip on its board, where that has a row of its own, and the bare chip."""
+    spaced = name.replace("-", " ")
+    bare = re.sub(r"[\s_-]", "", _BOARD.sub("", spaced)).upper()
+    return [f"{bare}PCIE", bare] if re.search(r"\bPCIe\b", spaced, re.IGNORECASE) else [bare]
+
+
+def _size_off(row: GpuRow, gpu: DetectedGpu) -> float:
+    """How far the driver's total is from the row's nominal size, as a share of that."""
+    return abs(gpu.memory_bytes - row.nominal_gib * GIB) / (row.nominal_gib * GIB)
 
 
 def torch_gpu_problem(facts: TorchFacts, gpus: Sequence[DetectedGpu]) -> UserError | None:
@@ -194,6 +242,25 @@ def disk_free_bytes(path: Path) -> int | None:
         return shutil.disk_usage(place).free
     except OSError:
         return None
+
+
+def disk_kind(path: Path, root: Path = Path("/")) -> str:
+    """ "nvme", "ssd" or "disk" of the device under `path`; "" where the kernel does not tell (network, overlay)."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        number = os.stat(place).st_dev
+        device = (root / f"sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    except OSError:
+        return ""
+    if re.search(r"/nvme\d", str(device)):
+        return "nvme"
+    for folder in (device, device.parent):  # a partition stands below its disk
+        rotates = _read(folder / "queue/rotational")
+        if rotates:
+            return "disk" if rotates == "1" else "ssd"
+    return ""
 
 
 def _query(fields: Sequence[str]) -> list[list[str]] | None:

@@ -1,4 +1,4 @@
-"""Where a model is: a local folder, a config.json, or a hub id; and what its small files say."""
+"""Where a model is: a local folder, a config.json, a hub id or a catalogue name; and what its small files say."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from urllib.request import getproxies
 
 from rapidfuzz import process
 
+from memfit.catalog.models import ModelRow, find_row, nearest_rows
 from memfit.errors import UserError
 from memfit.families import FAMILIES
 
@@ -30,7 +31,8 @@ _SINGLE = "model.safetensors"
 class ModelSource:
     """A model before anything heavy is loaded.
 
-    `folder` is None when only a config.json was given (enough to estimate). `preprocessor` is the image processor's
+    `folder` is None when only a config.json was given, or the facts come from the catalogue's row `catalogued` (both
+    enough to estimate). `preprocessor` is the image processor's
     settings, empty without one. `weights` says whether safetensors files lie in the folder, `weight_bytes` their size
     on disk. `overrides` is what `model_config` changed in `config`.
     """
@@ -46,13 +48,16 @@ class ModelSource:
     generation: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+    catalogued: str | None = None
 
 
-def find_model(name: str, overrides: Mapping[str, Any] | None = None) -> ModelSource:
+def find_model(name: str, overrides: Mapping[str, Any] | None = None, catalogue: bool = False) -> ModelSource:
     """Find the model `name` and read its small files; `overrides` merge deep into its config.
 
-    Keys of `overrides` may be nested mappings or dotted ("text_config.num_hidden_layers"). UserError for anything
-    that is not there, cannot be read, needs remote code, or cannot be fetched.
+    A catalogue name stands for its hub id. With `catalogue` its facts will do where the hub's files are not in the
+    local cache: enough to estimate, and no network is asked. Keys of `overrides` may be nested mappings or dotted
+    ("text_config.num_hidden_layers"). UserError for anything that is not there, cannot be read, needs remote code, or
+    cannot be fetched.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -65,7 +70,43 @@ def find_model(name: str, overrides: Mapping[str, Any] | None = None) -> ModelSo
         return _read_folder(name, path, None, overrides or {})
     if _is_path(name):
         raise UserError(f"no model at {name}", _path_hint(path))
-    return _read_folder(name, _hub_folder(name), name, overrides or {})
+    row = find_row(name)
+    if row is not None and catalogue:
+        return _catalogued(name, row, overrides or {})
+    hub_id = row.hub_id if row is not None else name
+    return _read_folder(name, _hub_folder(hub_id), hub_id, overrides or {})
+
+
+def _catalogued(name: str, row: ModelRow, overrides: Mapping[str, Any]) -> ModelSource:
+    """The checkpoint's own files where the hub's cache has them, else the catalogue's row."""
+    cached = _cached_config(row.hub_id)
+    if cached is not None:
+        try:
+            return _read_folder(name, cached.parent, row.hub_id, overrides)
+        except UserError:  # it runs on its own code: the catalogue knows its sizes
+            pass
+    return ModelSource(
+        name=name,
+        folder=None,
+        config=_with_overrides(dict(row.config), overrides),
+        preprocessor=dict(row.preprocessor),
+        hub_id=row.hub_id,
+        overrides=dict(overrides),
+        catalogued=row.name,
+    )
+
+
+def _cached_config(hub_id: str) -> Path | None:
+    """config.json of a hub model in the hub's cache, by its layout on disk: the hub's client is slow to import."""
+    from huggingface_hub import constants
+
+    main = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    try:
+        revision = (main / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    config = main / "snapshots" / revision / "config.json"
+    return config if config.is_file() else None
 
 
 def require_weights(source: ModelSource) -> ModelSource:
@@ -87,7 +128,10 @@ def require_weights(source: ModelSource) -> ModelSource:
 
     try:
         _require_network(constants.ENDPOINT)
-        folder = Path(snapshot_download(source.hub_id, allow_patterns=["*.safetensors", _INDEX, *SMALL_FILES]))
+        # Code that the checkpoint names is fetched to be written back beside what is tuned; memfit runs none of it.
+        code = ("*.py", "assets/*") if source.config.get("auto_map") else ()
+        patterns = ["*.safetensors", _INDEX, *SMALL_FILES, *code]
+        folder = Path(snapshot_download(source.hub_id, allow_patterns=patterns))
     except Exception as error:
         raise _hub_error(source.hub_id, error) from error
     found = _read_folder(source.name, folder, source.hub_id, source.overrides)
@@ -273,4 +317,7 @@ def _typo_hint(hub_id: str) -> str:
     best = process.extractOne(hub_id, siblings, score_cutoff=60)
     if best is not None:
         return f"did you mean the folder ./{best[0]}?"
-    return "a hub id reads owner/name; a local folder reads ./folder"
+    near = nearest_rows(hub_id, cutoff=75)
+    if near:
+        return f"did you mean {' or '.join(near)}? `memfit models` lists what needs no network"
+    return "a hub id reads owner/name; a local folder reads ./folder; `memfit models` lists what needs no network"

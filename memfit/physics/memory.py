@@ -7,8 +7,8 @@ a precision means has become counts and widths before it comes here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from memfit.specs.ledger import PHASES, Place, Term
@@ -18,6 +18,9 @@ ALWAYS = PHASES
 # Optimizer states appear at the first step and stay: from then on they are alive in every phase but load.
 FROM_FIRST_STEP = tuple(phase for phase in PHASES if phase != "load")
 # zero_grad(set_to_none=True) after the step frees the gradients, before evaluation and saving.
+# A flat group is padded to a multiple of this many elements a rank.
+# Source: deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer (nccl_start_alignment_factor).
+FLAT_ALIGNMENT = 2
 ONE_MICRO_BATCH = ("backward", "step")
 SEVERAL_MICRO_BATCHES = ("forward", "loss", "backward", "step")
 
@@ -33,12 +36,27 @@ def local_shapes(shapes: Sequence[Shape], ways: int, unit: str) -> tuple[Shape, 
         return tuple(shapes)
     if unit == "part":
         total = sum(math.prod(shape) for shape in shapes)
-        return ((share(total, ways),),) if total else ()
+        return ((FLAT_ALIGNMENT * share(total, FLAT_ALIGNMENT * ways),),) if total else ()
     if unit == "tensor":
         return tuple((share(math.prod(shape), ways),) for shape in shapes)
     if unit == "rows":
         return tuple((share(shape[0], ways), *shape[1:]) if shape else shape for shape in shapes)
     raise ValueError(f"unknown unit {unit!r}")
+
+
+def largest_touched(counts: Sequence[int], own: int, ways: int) -> int:
+    """Elements of all tensors that reach into one rank's share of `own`, whole, on the rank where they are the most.
+
+    `counts`: elements of the tensors that lie end to end.
+    """
+    sums = [0] * ways
+    place = 0
+    for count in counts:
+        first, last = place // own, (place + count - 1) // own
+        for rank in range(first, min(last, ways - 1) + 1):
+            sums[rank] += count
+        place += count
+    return max(sums)
 
 
 def numel(shapes: Sequence[Shape]) -> int:
@@ -62,8 +80,8 @@ def scale_bytes(count: Any, block: int, width: int, nested_block: int | None, ne
 class PartStates:
     """What one rank holds of one part in one `role`: "" (the model's own tensors), "adapter" or "saved" (full copies).
 
-    Counts are elements, widths are bytes of an element; `packed`, `optimizer`, `paged` are bytes. The latter two are
-    counted by the optimizer's row, which also words `optimizer_formula`.
+    Counts are elements, widths are bytes of an element (`gradient_width` None: as `width`); `packed`, `optimizer` and
+    `paged` are bytes. The latter two are counted by the optimizer's row, which also words `optimizer_formula`.
     """
 
     part: str
@@ -72,8 +90,10 @@ class PartStates:
     frozen_width: int = 0
     packed: Any = 0
     learning: Any = 0
+    idle: Any = 0
     width: int = 0
     gradients: Any = 0
+    gradient_width: Any = None
     gradient_copies: Any = 0
     master: Any = 0
     master_width: int = 0
@@ -81,11 +101,15 @@ class PartStates:
     paged: Any = 0
     optimizer_formula: str = ""
 
+    @property
+    def _gradient_width(self) -> Any:
+        return self.width if self.gradient_width is None else self.gradient_width
+
     def bytes(self) -> dict[str, Any]:
         """Bytes of each kind of state on one rank."""
         return {
-            "weights": self.packed + self.frozen * self.frozen_width + self.learning * self.width,
-            "gradients": self.gradients * self.width,
+            "weights": self.packed + self.frozen * self.frozen_width + (self.learning + self.idle) * self.width,
+            "gradients": self.gradients * self._gradient_width,
             "gradient_copies": self.gradient_copies * self.width,
             "master": self.master * self.master_width,
             "optimizer": self.optimizer,
@@ -95,14 +119,17 @@ class PartStates:
 
 @dataclass(frozen=True)
 class Site:
-    """Where states are counted: on a GPU those of its one rank, in host memory those of all ranks of the node."""
+    """Where states are counted: on a GPU those of its one rank, in host memory and on disk those of all ranks of the
+    node. `homes`: kinds of states that live elsewhere than `place`.
+    """
 
     place: Place
     ranks_per_node: int = 1
+    homes: Mapping[str, Place] = field(default_factory=dict)
 
     def ranks(self, place: Place) -> int:
         """How many ranks share this place."""
-        return self.ranks_per_node if place == "host" else 1
+        return self.ranks_per_node if place in {"host", "disk"} else 1
 
 
 @dataclass(frozen=True)
@@ -118,11 +145,15 @@ class Lifetimes:
         return {"gradients": self.gradients, "gradient_copies": self.gradient_copies}.get(kind, ALWAYS)
 
 
-def lifetimes(micro_batches: int, resident: Sequence[str] = ()) -> Lifetimes:
-    """With one micro-batch a step no gradient lives during forward; with more they do. `resident` ones never go."""
+def lifetimes(micro_batches: int, resident: Sequence[str] = (), gradients_end: str = "step") -> Lifetimes:
+    """With one micro-batch a step no gradient lives during forward; with more they do. `resident` ones never go.
+
+    `gradients_end`: the last phase of whole gradients, "backward" or "step".
+    """
     usual = ONE_MICRO_BATCH if micro_batches == 1 else SEVERAL_MICRO_BATCHES
+    whole = usual if gradients_end == "step" else tuple(phase for phase in usual if phase != "step")
     return Lifetimes(
-        gradients=ALWAYS if "gradients" in resident else usual,
+        gradients=ALWAYS if "gradients" in resident else whole,
         gradient_copies=ALWAYS if "gradient copies" in resident else usual,
     )
 
@@ -142,7 +173,7 @@ def state_terms(states: PartStates, alive: Lifetimes, site: Site, sources: dict[
     """The terms of one part and role that are not zero. `sources` gives the source of each kind of state."""
     terms = []
     for kind, count in states.bytes().items():
-        place: Place = "host" if kind == "paged" else site.place
+        place: Place = "host" if kind == "paged" else site.homes.get(kind, site.place)
         name = f"{_NAMES[kind]}{_ROLES[states.role]}, {states.part}"
         if count:
             terms.append(
@@ -171,10 +202,13 @@ def _formula(kind: str, states: PartStates) -> str:
             f"{states.packed:,} B of 4-bit weights" if states.packed else "",
             f"{states.frozen:,} frozen x {states.frozen_width} B" if states.frozen else "",
             f"{states.learning:,} that learn x {states.width} B" if states.learning else "",
+            f"{states.idle:,} without a gradient x {states.width} B" if states.idle else "",
         ]
         return " + ".join(filter(None, pieces))
-    if kind in {"gradients", "gradient_copies"}:
-        return f"{getattr(states, kind):,} x {states.width} B"
+    if kind == "gradients":
+        return f"{states.gradients:,} x {states._gradient_width} B"
+    if kind == "gradient_copies":
+        return f"{states.gradient_copies:,} x {states.width} B"
     if kind == "master":
         return f"{states.master:,} x {states.master_width} B"
     return states.optimizer_formula

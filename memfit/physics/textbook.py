@@ -287,7 +287,8 @@ def minicpm_o_2_6() -> dict[str, int]:
         + _linear(3584, 3584),
         # Embeddings of text and of four codes, the decoder's own unused table, its heads, and the way in from Qwen.
         "tts": _decoder(20, 768, 3072, kv=768, attention_bias=False)
-        + (21_178 + 4 * 626 + 32_000 + 4 * (626 + 1)) * 768
+        + (21_178 + 4 * 626 + 32_000) * 768
+        + 4 * 626 * (768 + 1)  # weight-normed: a direction and a length for each output
         + _linear(3584, 768)
         + _linear(768, 768),
     }

@@ -176,10 +176,33 @@ def _parallel_problems(levers: Levers, hardware: Hardware) -> Iterator[Problem]:
             f"levers.parallel: none uses one of the {ranks} {what} of {hardware.text}",
             "levers.parallel: ddp, or hardware with one",
         )
-    if levers.offload != "none":
-        yield f"levers.offload: {levers.offload} is not forecast in this version", "levers.offload: none"
-    if levers.activation_offload is True:
-        yield "levers.activation_offload is not forecast in this version", "levers.activation_offload: false"
+    yield from _offload_problems(levers, hardware)
+    chosen = levers.checkpointing
+    if levers.activation_offload is True and set(chosen.values() if isinstance(chosen, dict) else [chosen]) == {"none"}:
+        yield (
+            "levers.activation_offload moves what checkpointed layers keep, and levers.checkpointing is none",
+            "levers.checkpointing: full, or levers.activation_offload: false",
+        )
+
+
+def _offload_problems(levers: Levers, hardware: Hardware) -> Iterator[Problem]:
+    """Who can put what where stands on the strategies' rows."""
+    strategy = STRATEGIES.get(levers.parallel)
+    if levers.offload == "none" or strategy is None:
+        return
+    wanted = (levers.offload, levers.offload_to)
+    if wanted not in strategy.offloads:
+        names = [row.name for row in STRATEGIES.values() if wanted in row.offloads]
+        yield (
+            f"levers.offload: {levers.offload} to {levers.offload_to} does not run with parallel: {levers.parallel}",
+            f"levers.parallel: {listed(names)}" if names else "levers.offload: none",
+        )
+    row = OPTIMIZERS[levers.optimizer]
+    if row.states != "like-parameter":
+        yield (
+            f"levers.offload: {levers.offload} steps in host memory, where {row.name} does not run",
+            "levers.optimizer: adamw",
+        )
 
 
 def _precision_problems(recipe: Recipe, levers: Levers, hardware: Hardware) -> Iterator[Problem]:

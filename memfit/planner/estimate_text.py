@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from rapidfuzz import process
 
 from memfit.errors import UserError
-from memfit.planner.activations import peak_of, process_bytes
+from memfit.planner.activations import known_phases, peak_of, process_bytes
 from memfit.planner.estimate import capacity_bytes, states_place
+from memfit.planner.groups import alive_at, group_sums, is_state
+from memfit.planner.host_terms import PROCESS_PART
 from memfit.planner.problems import listed
 from memfit.specs.ledger import PHASES, Term
 from memfit.specs.plan import Forecast
 from memfit.specs.recipe import Recipe
-from memfit.specs.trace import TRACED_PHASES
 from memfit.units import count_text, gib
 
 # Column of the table -> the pieces of a term's id that belong to it.
@@ -26,21 +27,18 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "other": ("buffers", "step"),
 }
 
-
-# Parts of a ledger that are no states: they have a table of their own.
-NO_STATES = {"batch", "activations", "allocator", "process"}
-PEAK_PHASES = ("load", *TRACED_PHASES, "step")
+# Host terms below this share of the node's peak are told as one line.
+SMALL = 0.01
 
 
 def estimate_text(forecast: Forecast) -> str:
-    """The whole answer of `memfit estimate` as text."""
+    """The whole answer of `memfit estimate` as text: verdict, states by part, peaks by phase, host memory and disk."""
     lines = [_verdict(forecast), "", _run(forecast), "", *_table(forecast), ""]
     lines += _peaks(forecast) if forecast.trace is not None else _phases(forecast)
-    lines += [
-        "",
-        f"not forecast yet: {', '.join(forecast.ledger.missing)}",
-        f"defaults taken: {', '.join(forecast.defaults) or 'none'}",
-    ]
+    lines += [*_node(forecast), ""]
+    if forecast.ledger.missing:
+        lines.append(f"not forecast yet: {', '.join(forecast.ledger.missing)}")
+    lines.append(f"defaults taken: {', '.join(forecast.defaults) or 'none'}")
     return "\n".join(lines)
 
 
@@ -83,12 +81,29 @@ def _traced_verdict(forecast: Forecast, room: str) -> str:
     phase, size = peak_of(forecast) or ("", 0)
     process, reserved = process_bytes(forecast), forecast.reserved
     verdict = forecast.verdict.replace("-", " ")
+    host = _host_is_short(forecast)
+    if host:
+        verdict = f"{verdict} (host memory: {host})"
+    found = forecast.interval
+    between = f" (90%: {_between(found.low_bytes, found.high_bytes)})" if found else ""
     if process is None or reserved is None:
-        return f"{verdict}: states and activations peak at {gib(size)} in {phase}{room}, the process itself on top"
+        return f"{verdict}: states and activations peak at {gib(size)}{between} in {phase}{room}, the process on top"
+    short = "" if reserved.runs else ", where its allocator runs out of memory"
     return (
-        f"{verdict}: the process peaks at {gib(process)}{room}; {gib(reserved.peak_reserved)} reserved, "
-        f"{gib(size)} allocated in {phase} (no GPU has confirmed this yet)"
+        f"{verdict}: the process peaks at {gib(process)}{between}{room}{short}; "
+        f"{gib(reserved.peak_reserved)} reserved, {gib(size)} allocated in {phase} (no GPU has confirmed this yet)"
     )
+
+
+def _between(low: int, high: int) -> str:
+    return f"{gib(low).removesuffix(' GiB')} to {gib(high)}"
+
+
+def _host_is_short(forecast: Forecast) -> str:
+    node, capacity = forecast.node, forecast.hardware.host_memory_bytes
+    if node is None or capacity is None or node.peak_bytes <= capacity:
+        return ""
+    return f"{gib(node.peak_bytes)} needed, a node has {gib(capacity)}"
 
 
 def _largest_phase(forecast: Forecast) -> tuple[str, int]:
@@ -115,40 +130,63 @@ def _micro_batches(forecast: Forecast) -> int:
 
 
 def _table(forecast: Forecast) -> list[str]:
-    """One row a part, one column a kind of state, in GiB on the worst rank."""
-    shown = [term for term in forecast.ledger.at(states_place(forecast.hardware)) if term.part not in NO_STATES]
+    """One row a part, one column a kind of state: where the states are, and in host memory what has moved there."""
+    place = states_place(forecast.hardware)
+    lines = _states(forecast, place)
+    if place == "gpu" and any(is_state(term) for term in forecast.ledger.at("host")):
+        ranks = forecast.hardware.gpus_per_node
+        lines += ["", f"in host memory of a node ({ranks} rank{'s' if ranks > 1 else ''}):", *_states(forecast, "host")]
+    return lines
+
+
+def _states(forecast: Forecast, place: str) -> list[str]:
+    shown = [term for term in forecast.ledger.at(place) if is_state(term)]
     columns = [name for name in COLUMNS if _column(shown, name)]
-    head = ["part", "trained", "parameters", "trainable", *columns, "total"]
     parts = list(dict.fromkeys([*forecast.trainable, *(term.part for term in shown)]))
-    rows = [head]
+    rows = [["part", "trained", "parameters", "trainable", *columns, "total"]]
     for part in parts:
         rows.append(_row(forecast, part, [term for term in shown if term.part == part], columns))
     rows.append(_row(forecast, "all", shown, columns))
-    return _aligned(rows) + _elsewhere(forecast)
+    return aligned(rows)
 
 
 def _peaks(forecast: Forecast) -> list[str]:
-    """What lives at the peak of each phase: states first, then what the trace adds."""
-    terms = forecast.ledger.at(states_place(forecast.hardware))
-    rows = [["at the peak of", "", *PEAK_PHASES]]
-    kinds = {"states": [term for term in terms if term.part not in NO_STATES]}
-    for name in ("batch", "activations", "transient", "gradients.so_far", "rounding"):
-        kinds[name.replace(".", " ").replace("_", " ")] = [
-            term for term in terms if term.part in NO_STATES and term.id.startswith(name)
-        ]
-    kinds["all"] = list(terms)
-    for name, members in kinds.items():
-        sizes = [sum(term.bytes for term in members if phase in term.alive) for phase in PEAK_PHASES]
+    """What lives at the peak of each phase, by group."""
+    place, phases = states_place(forecast.hardware), known_phases(forecast)
+    sums = {phase: group_sums(alive_at(forecast, place, phase)) for phase in phases}
+    rows = [["at the peak of", "", *phases]]
+    for group in next(iter(sums.values())):
+        sizes = [sums[phase][group] for phase in phases]
         if any(sizes):
+            name = {"engine": "engine's buffers", "allocator": "rounding to blocks"}.get(group, group)
             rows.append([name, "", *(gib(size) if size else "-" for size in sizes)])
-    return _aligned(rows)
+    rows.append(["all", "", *(gib(sum(sums[phase].values())) for phase in phases)])
+    return aligned(rows)
 
 
-def _elsewhere(forecast: Forecast) -> list[str]:
-    """States that are not where the table looks, such as paged ones in host memory."""
-    place = states_place(forecast.hardware)
-    terms = [term for term in forecast.ledger.terms if term.place != place and term.part not in NO_STATES]
-    return [f"in {term.place} memory: {term.name} {gib(term.bytes)}" for term in terms]
+def _node(forecast: Forecast) -> list[str]:
+    """Host memory of the fullest node and what a checkpoint takes on disk."""
+    node, hardware = forecast.node, forecast.hardware
+    if node is None:
+        return []
+    room = f", a node has {gib(hardware.host_memory_bytes)}" if hardware.host_memory_bytes is not None else ""
+    locked = f", {gib(node.pinned_bytes)} of it page-locked" if node.pinned_bytes else ""
+    lines = ["", f"host memory of a node: {gib(node.peak_bytes)} at its peak{locked}{room}"]
+    terms = [term for term in forecast.ledger.at("host") if not is_state(term) and (hardware.gpu or _is_host(term))]
+    large = [term for term in terms if term.bytes >= SMALL * node.peak_bytes]
+    lines += [f"  {gib(term.bytes)}  {term.name} ({_alive(term)})" for term in sorted(large, key=lambda t: -t.bytes)]
+    rest = sum(term.bytes for term in terms if term not in large)
+    lines += [f"  {gib(rest)}  {len(terms) - len(large)} smaller ones"] if rest else []
+    nvme = f"; {gib(node.nvme_bytes)} of states on NVMe" if node.nvme_bytes else ""
+    return [*lines, f"disk: {gib(node.checkpoint_bytes)} for one checkpoint{nvme}"]
+
+
+def _is_host(term: Term) -> bool:
+    return term.part == PROCESS_PART
+
+
+def _alive(term: Term) -> str:
+    return "always" if set(term.alive) >= set(PHASES) - {"load"} else ", ".join(term.alive)
 
 
 def _row(forecast: Forecast, part: str, terms: Sequence[Term], columns: Sequence[str]) -> list[str]:
@@ -157,7 +195,7 @@ def _row(forecast: Forecast, part: str, terms: Sequence[Term], columns: Sequence
     mode = _mode(forecast.recipe, part)
     cells = [gib(size) if (size := _column(terms, name)) else "-" for name in columns]
     counts = [count_text(trainable + frozen), count_text(trainable)] if trainable + frozen else ["-", "-"]
-    return [part, mode, *counts, *cells, gib(sum(term.bytes for term in terms))]
+    return [part, mode, *counts, *cells, gib(size) if (size := sum(term.bytes for term in terms)) else "-"]
 
 
 def _mode(recipe: Recipe, part: str) -> str:
@@ -168,7 +206,8 @@ def _column(terms: Sequence[Term], name: str) -> int:
     return sum(term.bytes for term in terms if set(term.id.split(".")) & set(COLUMNS[name]))
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], total: bool = True) -> list[str]:
+    """Rows as lines in columns, the first two to the left; a rule below the head and, with `total`, above the end."""
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -178,7 +217,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     rule = "-" * max(len(line) for line in lines)
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]] if total else [lines[0], rule, *lines[1:]]
 
 
 def _phases(forecast: Forecast) -> list[str]:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from typing import Any
 
-from memfit.planner.activations import peak_of, phase_table, process_bytes
+from memfit.planner.activations import device_bytes, peak_of, phase_table, process_bytes
 from memfit.planner.estimate import states_place
 from memfit.specs.plan import Forecast
 
@@ -20,23 +20,29 @@ SCHEMA = 1
 def forecast_json(forecast: Forecast) -> dict[str, Any]:
     """The object that `memfit estimate --json` prints."""
     hardware, ledger = forecast.hardware, forecast.ledger
-    on_gpu = states_place(hardware) == "gpu"
+    on_gpu, node, interval = states_place(hardware) == "gpu", forecast.node, forecast.interval
     host: dict[str, Any] = {
-        "peak_bytes": None,
-        "pinned_bytes": None,
+        "peak_bytes": node.peak_bytes if node else None,
+        "pinned_bytes": node.pinned_bytes if node else None,
         "capacity_bytes": hardware.host_memory_bytes,
         "terms": [term.to_json() for term in ledger.at("host")],
     }
     if not on_gpu:
-        host["states_bytes"] = ledger.phase_bytes("host")
+        host["states_bytes"] = device_bytes(forecast)
     values = {
         "schema": SCHEMA,
         "verdict": forecast.verdict,
         "fits": forecast.fits,
         "gpu": _gpu(forecast) if on_gpu else None,
         "host": host,
-        "disk": {"checkpoint_bytes": None, "nvme_bytes": None},
-        "interval": {"low_bytes": None, "high_bytes": None},
+        "disk": {
+            "checkpoint_bytes": node.checkpoint_bytes if node else None,
+            "nvme_bytes": node.nvme_bytes if node else None,
+        },
+        "interval": {
+            "low_bytes": interval.low_bytes if interval else None,
+            "high_bytes": interval.high_bytes if interval else None,
+        },
         "speed": None,
         "recipe": forecast.recipe.to_json(),
         "defaults": list(forecast.defaults),

@@ -32,7 +32,8 @@ class ResolvedParts:
 
     `modes`: part -> frozen, lora, full or last-N. `learning`: parameters trained in place. `lora_modules`: full names
     of the modules that get an adapter. `saved_modules`: full names of `lora.modules_to_save`, of which PEFT trains a
-    copy. `quantised`: weights held in 4 bit.
+    copy. `quantised`: weights held in 4 bit. `idle`: parameters of parts that learn whose output the loss never sees:
+    frozen, in the dtype of their neighbours.
     """
 
     modes: Mapping[str, str]
@@ -40,6 +41,7 @@ class ResolvedParts:
     lora_modules: tuple[str, ...] = ()
     saved_modules: tuple[str, ...] = ()
     quantised: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
 
     def learns(self, parameter: str) -> bool:
         """Whether a parameter of the model is trained in place."""
@@ -48,7 +50,8 @@ class ResolvedParts:
 
 @dataclass(frozen=True)
 class PartGroup:
-    """The tensors of one part by fate. `frozen` holds what is kept as it is, `quantised` what is kept in 4 bit."""
+    """The tensors of one part by fate. `frozen` holds what is kept as it is, `quantised` what is kept in 4 bit, `idle`
+    what is kept in the dtype of what learns (see `ResolvedParts`)."""
 
     part: str
     mode: str
@@ -57,6 +60,7 @@ class PartGroup:
     quantised: tuple[ParameterRow, ...]
     adapters: tuple[ParameterRow, ...]
     saved: tuple[ParameterRow, ...]
+    idle: tuple[ParameterRow, ...] = ()
 
     @property
     def trainable_numel(self) -> int:
@@ -64,7 +68,7 @@ class PartGroup:
 
     @property
     def frozen_numel(self) -> int:
-        return numel(shapes(self.frozen)) + numel(shapes(self.quantised))
+        return numel(shapes(self.frozen)) + numel(shapes(self.quantised)) + numel(shapes(self.idle))
 
 
 def shapes(rows: Sequence[ParameterRow]) -> tuple[Shape, ...]:
@@ -90,7 +94,8 @@ def resolve_with_problems(recipe: Recipe, family: Family, profile: Profile) -> t
     problems += [*saved_problems, *target_problems]
     if not problems and not (learning or targets or saved):
         problems.append(("every part is frozen: nothing would learn", "set parts.language to full or lora"))
-    resolved = ResolvedParts(modes, learning, targets, saved, _quantised(model, saved))
+    idle = frozenset(r.name for r in profile.parameters if not r.reached and modes[r.part] not in ("frozen", "lora"))
+    resolved = ResolvedParts(modes, learning, targets, saved, _quantised(model, saved), idle)
     return resolved, problems
 
 
@@ -107,10 +112,11 @@ def parameter_groups(profile: Profile, resolved: ResolvedParts, lora: Lora) -> t
             part=part,
             mode=mode,
             learning=tuple(row for row in own if row.name in resolved.learning),
-            frozen=tuple(r for r in own if r.name not in resolved.learning and r.name not in resolved.quantised),
+            frozen=tuple(r for r in own if not {r.name} & (resolved.learning | resolved.quantised | resolved.idle)),
             quantised=tuple(row for row in own if row.name in resolved.quantised),
             adapters=tuple(row for row in adapters if row.part == part),
             saved=tuple(row for row in saved if row.part == part),
+            idle=tuple(row for row in own if row.name in resolved.idle),
         )
         if group.trainable_numel or group.frozen_numel:
             groups.append(group)
@@ -141,7 +147,7 @@ class _Model:
         self.parts = tuple(sorted(found, key=lambda part: ORDER.index(part) if part in ORDER else len(ORDER)))
         blocks: dict[str, int] = {}
         for row in profile.parameters:
-            if row.block is not None:
+            if row.block is not None and row.reached:
                 blocks[row.part] = max(blocks.get(row.part, 0), row.block + 1)
         self.blocks = blocks
 
@@ -168,6 +174,8 @@ class _Model:
     def learns(self, row: ParameterRow) -> bool:
         """Whether a parameter is trained in place; a tied one does what its owner does."""
         row = self.owner(row)
+        if not row.reached:
+            return False
         mode = self.pinned(row.part) or default_mode(self.method, row.part)
         last = LAST_N.match(mode)
         if last:
@@ -252,7 +260,7 @@ def _lora_modules(model: _Model, saved: Sequence[str]) -> tuple[tuple[str, ...],
         if targets != "auto":
             return (), [("lora.targets is set, but no part is lora", "set method: lora, or a part to lora")]
         return (), []
-    rows = [row for part in parts for row in model.adaptable(part) if not _inside(row.module, saved)]
+    rows = [r for part in parts for r in model.adaptable(part) if r.reached and not _inside(r.module, saved)]
     if not isinstance(targets, str):
         where = f"in the {listed(parts, 'and')} part{'s' if len(parts) > 1 else ''}"
         chosen, problems = _matching([row.module for row in rows], targets, "lora.targets", where)

@@ -7,12 +7,13 @@ from typing import Any
 
 from memfit.planner.forecast_json import forecast_json
 from memfit.specs.plan import Forecast, Plan
-from memfit.strategies import STRATEGIES
 
 
 def plan_of(forecast: Forecast) -> Plan:
     """The plan that runs a forecast's effective recipe as it is."""
-    layout = STRATEGIES[forecast.recipe.levers.parallel].layout(forecast.hardware.ranks)
+    layout = forecast.layout
+    if layout is None:
+        raise ValueError("a forecast without a layout is no plan")
     reasons = ("pinned by the recipe, or the documented default; nothing was searched",)
     return Plan(recipe=forecast.recipe, layout=layout, forecast=forecast, tier=1, reasons=reasons)
 

@@ -2,65 +2,176 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 
-from memfit.catalog.context import CONTEXT, LIBRARIES
-from memfit.physics.allocator import replay
+from memfit.catalog.context import outside
+from memfit.physics.allocator import replay, smallest_reserved
 from memfit.physics.caching import AllocatorOptions
-from memfit.planner.estimate import state_tensors
-from memfit.planner.parts import PartGroup
+from memfit.planner.counting import Counting
+from memfit.planner.engine_stages import Stages
 from memfit.specs.events import MemoryEvent
+from memfit.specs.ledger import Term
 from memfit.specs.plan import Forecast, Reserved
 from memfit.specs.trace import StepTrace
 
-SOURCE = "replay of two steps (states, traced micro-batches, optimizer) through memfit.physics.allocator"
+SOURCE = "replay of two steps (states, traced micro-batches, engine, optimizer) through memfit.physics.allocator"
 
 
-def replay_steps(forecast: Forecast, groups: tuple[PartGroup, ...], trace: StepTrace) -> Reserved:
+def replay_steps(forecast: Forecast, counting: Counting, trace: StepTrace, stages: Stages) -> Reserved:
     """Weights are loaded, then two optimizer steps of one traced micro-batch each run on the same allocator.
 
-    The second step is the usual one: optimizer states exist while activations come and go.
+    The second step is the usual one: optimizer states exist while activations come and go. A run that is too large for
+    the card is replayed once more at what the card has left: the allocator empties its cache and tries again.
     """
+    hardware = forecast.hardware
     expandable = forecast.recipe.levers.allocator == "expandable"
-    result = replay(list(_events(forecast, groups, trace)), AllocatorOptions(expandable=expandable))
+    events = list(_Story(forecast, counting, trace, stages).events())
+    result = replay(events, AllocatorOptions(expandable=expandable))
+    beside = outside(hardware)
+    free = None if hardware.gpu is None else hardware.gpu.capacity_bytes - sum(size for _, size, _, _ in beside)
+    source = SOURCE + (", expandable segments" if expandable else "")
+    unlimited, smallest, runs = result.peak_reserved, None, True
+    if free is not None and result.peak_reserved > free:
+        options = AllocatorOptions(expandable=expandable, capacity=max(0, free))
+        capped = replay(events, options)
+        runs = capped.oom_at is None
+        if runs:
+            result = capped
+            smallest = smallest_reserved(events, options)
+            source += f", at the {free:,} B that the card has left: the cache was emptied {capped.retries} times"
     return Reserved(
         requested=result.peak_requested,
         peak_allocated=result.peak_allocated,
         peak_reserved=result.peak_reserved,
-        outside=(CONTEXT, LIBRARIES),
-        source=SOURCE + (", expandable segments" if expandable else ""),
+        outside=tuple((name, size, why) for name, size, why, _ in beside),
+        source=source,
+        unlimited=unlimited,
+        smallest=smallest,
+        runs=runs,
     )
 
 
-def _events(forecast: Forecast, groups: tuple[PartGroup, ...], trace: StepTrace) -> Iterator[MemoryEvent]:
-    key = 0
-    for size in state_tensors(forecast, groups, "weights"):
-        key += 1
-        yield MemoryEvent("alloc", key, size)
-    offset, span = key + 1, 1 + max((event.storage for event in trace.events), default=0)
-    for step in range(2):
-        alive: set[int] = set()
-        base = offset + step * span
-        for event in trace.events:
-            if event.kind == "alloc":
-                alive.add(event.storage)
-                yield MemoryEvent("alloc", base + event.storage, event.bytes)
-            elif event.kind == "free":
-                alive.discard(event.storage)
-                yield MemoryEvent("free", base + event.storage)
-        if step == 0:
-            key = offset + 2 * span
-            for size in state_tensors(forecast, groups, "optimizer"):
-                key += 1
+@dataclass
+class _Piece:
+    """Storages of one kind of engine memory, oldest first: what is let go is what came first."""
+
+    storages: deque[tuple[int, int]] = field(default_factory=deque)
+    size: int = 0
+
+
+class _Story:
+    """The events of loading and two optimizer steps, as one rank's allocator sees them."""
+
+    def __init__(self, forecast: Forecast, counting: Counting, trace: StepTrace, stages: Stages) -> None:
+        self.terms, self.counting, self.trace, self.stages = forecast.ledger.terms, counting, trace, stages
+        self.whole = counting.layout.engine.keep_ways == 1
+        self.key = 0
+        self.pieces: dict[str, _Piece] = {}
+        self.away: dict[int, int] = {}  # storages that are let go for the step
+
+    def events(self) -> Iterator[MemoryEvent]:
+        yield from self._states()
+        yield from self._moment([term for term in self.terms if _is_moment(term, "load")])
+        for step in range(2):
+            alive = yield from self._micro_batch()
+            if step == 0:
+                for size in self._sizes("optimizer"):
+                    yield self._alloc(size)
+            yield from self._end_of_backward()
+            # Whole gradients go before the step where the engine has a share of its own, else after it
+            # (zero_grad(set_to_none=True)).
+            early = self.counting.layout.gradients_end == "backward"
+            for key in alive if early else ():
+                yield MemoryEvent("free", key)
+            for key in self.away:
+                yield MemoryEvent("free", key)
+            yield from self._moment([term for term in self.terms if _is_moment(term, "step")])
+            for key, size in self.away.items():
                 yield MemoryEvent("alloc", key, size)
-        yield from _step_temporary(forecast, offset + 2 * span)
-        # zero_grad(set_to_none=True) before the next forward.
-        for storage in sorted(alive):
-            yield MemoryEvent("free", base + storage)
+            for key in () if early else alive:
+                yield MemoryEvent("free", key)
+            for piece in list(self.pieces):
+                yield from self._set(piece, 0)
+
+    def _end_of_backward(self) -> Iterator[MemoryEvent]:
+        """Of the engine's memory only the own share of the gradients outlives backward."""
+        for piece in list(self.pieces):
+            if piece not in ("kept", "partition"):
+                yield from self._set(piece, 0)
+
+    def _alloc(self, size: int) -> MemoryEvent:
+        self.key += 1
+        return MemoryEvent("alloc", self.key, size)
+
+    def _sizes(self, kind: str) -> list[int]:
+        sizes = [size for group in self.counting.groups for size in self.counting.tensor_sizes(group, kind)]
+        return [size for size in sizes if size]
+
+    def _states(self) -> Iterator[MemoryEvent]:
+        """What lives from loading on: tensors of weights and master copies one by one, everything else by its term."""
+        for kind in ("weights", "master"):
+            for size in self._sizes(kind):
+                yield self._alloc(size)
+        for term in self.terms:
+            pieces = term.id.split(".")
+            one_by_one = (pieces[1] if pieces[0] in ("adapter", "saved") else pieces[0]) in ("weights", "master")
+            if term.place == "gpu" and "load" in term.alive and len(term.alive) > 1 and not one_by_one:
+                event = self._alloc(term.bytes)
+                if "step" not in term.alive:
+                    self.away[event.key] = term.bytes
+                yield event
+
+    def _moment(self, terms: list[Term]) -> Iterator[MemoryEvent]:
+        """Terms that live together for a moment."""
+        keys = []
+        for term in terms:
+            if term.bytes:
+                event = self._alloc(term.bytes)
+                keys.append(event.key)
+                yield event
+        for key in keys:
+            yield MemoryEvent("free", key)
+
+    def _micro_batch(self) -> Generator[MemoryEvent, None, list[int]]:
+        """The trace's own events with the engine's between them; returns the keys of what is alive at the end."""
+        starts = {row.begins: at for at, row in enumerate(self.stages.stretches)}
+        keys: dict[int, int] = {}
+        for at, event in enumerate(self.trace.events):
+            if at in starts:
+                for piece, sizes in self.stages.pieces.items():
+                    if piece != "kept" or not self.whole:
+                        yield from self._set(piece, sizes[starts[at]])
+            if event.kind == "alloc":
+                made = self._alloc(event.bytes)
+                keys[event.storage] = made.key
+                yield made
+            elif event.kind == "free" and event.storage in keys:
+                yield MemoryEvent("free", keys.pop(event.storage))
+            elif event.kind == "gradient" and not self.whole and event.storage in keys:
+                # From here on the engine counts it: waiting, in a bucket, or as a share.
+                yield MemoryEvent("free", keys.pop(event.storage))
+        return list(keys.values())
+
+    def _set(self, name: str, size: int) -> Iterator[MemoryEvent]:
+        """Bring one kind of engine memory to `size` bytes."""
+        piece = self.pieces.setdefault(name, _Piece())
+        while piece.size > size:
+            key, oldest = piece.storages.popleft()
+            piece.size -= oldest
+            yield MemoryEvent("free", key)
+        if piece.size < size:
+            event = self._alloc(size - piece.size)
+            piece.storages.append((event.key, event.bytes))
+            piece.size = size
+            yield event
 
 
-def _step_temporary(forecast: Forecast, key: int) -> Iterator[MemoryEvent]:
-    size = sum(term.bytes for term in forecast.ledger.terms if term.id.startswith("step."))
-    if size:
-        yield MemoryEvent("alloc", key, size)
-        yield MemoryEvent("free", key)
+def _is_moment(term: Term, phase: str) -> bool:
+    """Whether a term is a temporary of one phase: gradients in the step are there from backward on."""
+    return (
+        term.alive == (phase,)
+        and term.place == "gpu"
+        and not {"gradients", "gradient_copies"} & set(term.id.split("."))
+    )

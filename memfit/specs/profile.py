@@ -12,7 +12,7 @@ class ParameterRow:
 
     kind: linear | linear-transposed (weight [in, out]) | embedding | norm | conv | other. `block` is the index of the
     repeated block it belongs to inside its part, or None. `tied_to` names the parameter whose storage it shares (its
-    bytes are then zero).
+    bytes are then zero). `reached`: its output comes to the loss, so that it can get a gradient.
     """
 
     name: str
@@ -23,6 +23,7 @@ class ParameterRow:
     kind: str
     block: int | None = None
     tied_to: str | None = None
+    reached: bool = True
 
     @property
     def numel(self) -> int:
@@ -57,7 +58,8 @@ class Profile:
             "buffers_bytes": self.buffers_bytes,
             "versions": dict(self.versions),
             "parameters": [
-                [r.name, list(r.shape), r.dtype, r.part, r.module, r.kind, r.block, r.tied_to] for r in self.parameters
+                [r.name, list(r.shape), r.dtype, r.part, r.module, r.kind, r.block, r.tied_to, r.reached]
+                for r in self.parameters
             ],
         }
 
@@ -69,8 +71,5 @@ class Profile:
             key=data["key"],
             buffers_bytes=data["buffers_bytes"],
             versions=tuple(sorted(data["versions"].items())),
-            parameters=tuple(
-                ParameterRow(name, tuple(shape), dtype, part, module, kind, block, tied)
-                for name, shape, dtype, part, module, kind, block, tied in data["parameters"]
-            ),
+            parameters=tuple(ParameterRow(name, tuple(shape), *others) for name, shape, *others in data["parameters"]),
         )

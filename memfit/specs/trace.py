@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+from memfit.specs.stretch import Stretch
 from memfit.specs.workload import ImageCost
 
 Device = Literal["cpu", "gpu"]
@@ -14,15 +15,28 @@ TRACED_PHASES = ("forward", "loss", "backward")
 OUTSIDE = "model"  # the part of what runs in no part of the family: the outermost forward, the loss
 
 
+class Row(NamedTuple):
+    """One sample of a micro-batch: its tokens, the costs of its pictures, and how many of its tokens carry loss.
+
+    `trained` None means all of them.
+    """
+
+    tokens: int
+    images: tuple[ImageCost, ...] = ()
+    trained: int | None = None
+
+
 @dataclass(frozen=True)
 class TraceBatch:
     """One micro-batch as numbers: tokens of every row (image tokens included), and the pictures of every row.
 
-    Rows of different lengths are padded to the longest, as the collator does.
+    Rows of different lengths are padded to the longest, as the collator does. `trained`: tokens of every row that carry
+    loss, its last ones; empty means all. It matters only to losses that look at nothing else.
     """
 
     rows: tuple[int, ...]
     images: tuple[tuple[ImageCost, ...], ...] = ()
+    trained: tuple[int, ...] = ()
 
 
 class Event(NamedTuple):
@@ -38,6 +52,21 @@ class Event(NamedTuple):
     phase: str
     path: str
     op: str
+
+
+class Moment(NamedTuple):
+    """Bytes alive after event number `at` of a step, by kind as in `PeakRow`."""
+
+    at: int
+    phase: str
+    inputs: int
+    saved: int
+    transient: int
+    gradients: int
+
+    @property
+    def bytes(self) -> int:
+        return self.inputs + self.saved + self.transient + self.gradients
 
 
 @dataclass(frozen=True)
@@ -94,6 +123,9 @@ class StepTrace:
     `device` is what was traced ("cpu" or "gpu"), `substitutions` the names of the rows that stood in for its kernels.
     `peaks` hold the largest sum of a phase; `activation_peaks` the largest without gradients. `gradients` are bytes by
     part at the end of backward; `inputs` those of the batch; `parameters` those of all parameters and buffers.
+    `pinned` is page-locked host memory, rounded as torch rounds it, for activations that wait there.
+    `timeline` is the thinned course of the step, `stretches` the same cut where an engine acts. `written` bytes were
+    put into new tensors by `kernels` operators; None in a trace from before they were counted.
     """
 
     device: Device
@@ -108,7 +140,12 @@ class StepTrace:
     flops: tuple[FlopsRow, ...]
     versions: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
+    pinned: int = 0
+    timeline: tuple[Moment, ...] = ()
+    stretches: tuple[Stretch, ...] = field(default=(), repr=False)
     events: tuple[Event, ...] = field(default=(), repr=False, compare=False)
+    written: int | None = None
+    kernels: int | None = None
 
     @property
     def saved_bytes(self) -> int:
@@ -131,4 +168,7 @@ class StepTrace:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the events are left out."""
-        return {name: value for name, value in asdict(self).items() if name != "events"}
+        # Rows by hand: asdict walks every number of thousands of them.
+        values = asdict(replace(self, events=(), stretches=()))
+        del values["events"]
+        return {**values, "stretches": [list(row) for row in self.stretches]}

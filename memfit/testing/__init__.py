@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from memfit.testing.models import KINDS, make_dummy
+from memfit.testing.models import KINDS, NATIVE_KINDS, make_dummy
 from memfit.testing.samples import make_samples
 
-__all__ = ["KINDS", "make_dummy", "make_samples"]
+__all__ = ["KINDS", "NATIVE_KINDS", "make_dummy", "make_samples"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from memfit.families import family_for
 from memfit.families.minicpmv4_6 import TOKENS
 from memfit.families.minicpmv4_7 import CONFIG_IDS
+from memfit.testing import minicpmv
 from memfit.testing import tokenizers as tiny
 
 _TEXT = {
@@ -183,11 +185,13 @@ _WRITERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "llama": _llama,
     "qwen3": _qwen3,
 }
-KINDS = tuple(_WRITERS)
+KINDS = tuple(_WRITERS)  # classes of transformers
+NATIVE_KINDS = tuple(minicpmv.KINDS)  # memfit's own classes
+_WRITERS |= {kind: functools.partial(minicpmv.write, kind=kind) for kind in NATIVE_KINDS}
 
 
 def make_dummy(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Write a tiny random model of `kind` (one of KINDS) into `folder` and return it.
+    """Write a tiny random model of `kind` (one of KINDS or NATIVE_KINDS) into `folder` and return it.
 
     The folder looks like one from the hub: config, float32 safetensors (under 2 MB), tokenizer, chat template,
     preprocessor and generation settings. The same seed gives the same weights. KeyError for an unknown kind.
@@ -195,6 +199,9 @@ def make_dummy(kind: str, folder: Path, seed: int = 0) -> Path:
     import torch
     import transformers
 
+    from memfit import models
+
+    models.register()
     write = _WRITERS[kind]
     folder.mkdir(parents=True, exist_ok=True)
     raw = write(folder)
@@ -208,6 +215,8 @@ def make_dummy(kind: str, folder: Path, seed: int = 0) -> Path:
     model.generation_config.eos_token_id = tokenizer.token_to_id(settings["eos_token"])
     model.generation_config.pad_token_id = tokenizer.token_to_id(settings["pad_token"])
     model.save_pretrained(folder)
+    if raw["model_type"] == "minicpmo":
+        minicpmv.add_other_parts(folder, raw)
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from memfit.build.data import Collator
+from memfit.build.data import IGNORED, Collator, refuse_packing
 from memfit.errors import UserError
 from memfit.families.base import Family
 from memfit.specs.trace import TraceBatch
@@ -21,11 +21,13 @@ TEXT = 0  # any ordinary token
 MARKERS = ("image_start_id", "image_end_id", "slice_start_id", "slice_end_id", "newline_id")
 
 
-def make_batch(family: Family, config: Mapping[str, Any], batch: TraceBatch) -> dict[str, Any]:
+def make_batch(family: Family, config: Mapping[str, Any], batch: TraceBatch, packing: bool = False) -> dict[str, Any]:
     """The model's inputs and `labels` for `batch`, joined by the collator that training uses.
 
-    Raises UserError when a row is too short for its pictures, or the model takes none.
+    Raises UserError when a row is too short for its pictures, the model takes none, or it cannot pack.
     """
+    if packing:
+        refuse_packing(family, config)
     pictures = batch.images or ((),) * len(batch.rows)
     if len(pictures) != len(batch.rows):
         raise UserError(
@@ -34,21 +36,23 @@ def make_batch(family: Family, config: Mapping[str, Any], batch: TraceBatch) -> 
     if any(pictures) and family.images is None:
         raise UserError(f"{family.name} models take no pictures", "trace without pictures")
     extra = family.forward_kwargs(config, {}) if family.forward_kwargs else {}
-    image_token = config.get("image_token_id", config.get("image_token_index"))
-    collator = Collator(family, TEXT, extra, image_token)
+    image_token = _image_token(family, config)
+    collator = Collator(family, TEXT, extra, image_token, packing)
     rows = [_row(family, config, tokens, costs) for tokens, costs in zip(batch.rows, pictures, strict=True)]
+    for row, trained in zip(rows, batch.trained, strict=bool(batch.trained)):
+        row["labels"][: len(row["labels"]) - trained] = IGNORED
     return collator(rows)
 
 
 def _row(family: Family, config: Mapping[str, Any], tokens: int, costs: Sequence[ImageCost]) -> dict[str, torch.Tensor]:
-    image_ids = [identity for cost in costs for identity in _picture_ids(config, cost)]
+    image_ids = [identity for cost in costs for identity in _picture_ids(family, config, cost)]
     if len(image_ids) >= tokens:
         raise UserError(
             f"a row of {tokens} tokens has no room for pictures of {len(image_ids)} tokens and one of text",
             f"a row of at least {len(image_ids) + 1} tokens",
         )
     ids = torch.tensor(image_ids + [_text_id(config)] * (tokens - len(image_ids)), dtype=torch.long)
-    # Full logits are taken whatever the labels are: which positions carry loss moves no byte.
+    # Full logits are taken whatever the labels are; `TraceBatch.trained` says which carry loss where that matters.
     row = {"input_ids": ids, "labels": ids.clone()}
     if costs:
         row |= _pixels(family, config, costs)
@@ -61,9 +65,16 @@ def _text_id(config: Mapping[str, Any]) -> int:
     return next(number for number in range(len(named) + 1) if number not in named)
 
 
-def _picture_ids(config: Mapping[str, Any], cost: ImageCost) -> list[int]:
+def _image_token(family: Family, config: Mapping[str, Any]) -> int | None:
+    """The id that stands for pictures: config.json's, or any for a family that does not name it there."""
+    if family.images is not None and not family.images.token_in_config:
+        return int(config.get("vocab_size", 2)) - 1
+    return config.get("image_token_id", config.get("image_token_index"))
+
+
+def _picture_ids(family: Family, config: Mapping[str, Any], cost: ImageCost) -> list[int]:
     """Ids of one picture with its markers, in the order of the family's `placeholder`."""
-    pad = config.get("image_token_id", config.get("image_token_index"))
+    pad = _image_token(family, config)
     if pad is None:
         raise UserError("config.json names no image_token_id", "image_token_id: the id of the model's image token")
     if all(config.get(name) is not None for name in MARKERS):
@@ -93,6 +104,14 @@ def _pixels(family: Family, config: Mapping[str, Any], costs: Sequence[ImageCost
         return {
             "pixel_values": torch.empty(1, channels, patch, width),
             "target_sizes": torch.tensor(crops, dtype=torch.int32),
+        }
+    if names == {"pixel_values", "tgt_sizes"}:
+        # Bytes, one row a patch: [patches, channels x patch x patch] (memfit.models.minicpmv.processor).
+        patch, channels = int(vision.get("patch_size", 14)), int(vision.get("num_channels", 3))
+        count = sum(high * wide for high, wide in crops)
+        return {
+            "pixel_values": torch.empty(count, channels * patch * patch, dtype=torch.uint8),
+            "tgt_sizes": torch.tensor(crops, dtype=torch.long),
         }
     if names == {"pixel_values", "image_grid_thw"}:
         # [patches, channels x temporal x patch x patch] (qwen2_vl processors); a picture is one step in time.

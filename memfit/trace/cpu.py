@@ -8,6 +8,8 @@ import torch
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
+_POINTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+_IN_PLACE = {aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor}
 LOW = (torch.bfloat16, torch.float16)
 _PAGE = 128  # oneDNN's scratchpad: rounded up to 128 bytes, and 128 more
 
@@ -16,14 +18,30 @@ def workspace_bytes(func: Any, args: Any) -> int:
     """Bytes beside the results of one operator.
 
     A 16-bit matrix product sums in fp32 where the CPU has no instruction for it: one number for each of its result
-    (oneDNN's scratchpad; measured with torch.profiler, torch 2.13, AVX-512 without bf16).
+    (oneDNN's scratchpad; measured with torch.profiler, torch 2.13, AVX-512 without bf16). Operands of two dtypes are
+    copied to the common one before they are added or multiplied, and a result in place is made in it (ATen
+    TensorIterator.cpp: TensorIteratorBase::compute_types; CUDA casts inside the kernel).
     """
+    if func in _POINTWISE or func in _IN_PLACE:
+        return _promoted(args, func in _IN_PLACE)
     places = _PRODUCTS.get(func)
     if places is not None:
         left, right = args[places[0]], args[places[1]]
         if left.dtype in LOW and not _has_native_bf16():
             return -(-4 * left.shape[0] * right.shape[1] // _PAGE) * _PAGE + _PAGE
     return 0
+
+
+def _promoted(args: Any, in_place: bool) -> int:
+    """Bytes of the copies that two operands need to come to their common dtype."""
+    left, right = args[0], args[1]
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor) or left.dtype == right.dtype:
+        return 0
+    common = torch.result_type(left, right)
+    copies = [tensor for tensor in (left, right) if tensor.dtype != common]
+    if in_place and left.dtype != common:
+        copies.append(left)
+    return sum(tensor.numel() for tensor in copies) * common.itemsize
 
 
 def _has_native_bf16() -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from memfit.trace import flash
+
 aten = torch.ops.aten
 
 
@@ -60,10 +62,28 @@ ROWS: dict[str, Substitution] = {
             "cited, not measured",
         ),
         Substitution(
-            "flash-as-sdpa",
-            "flash attention of its own package is traced as sdpa's flash kernel: crops and windows one by one",
-            "transformers/integrations/flash_attention.py: flash_attention_forward",
-            "a stand-in: it keeps the parts' results before they are joined, which one call for all would not",
+            "bnb-4bit",
+            "a 4-bit Linear unpacks its weight in forward and again in backward, and keeps no input",
+            "bitsandbytes/autograd/_functions.py: MatMul4Bit (from 0.43.2); peft/tuners/lora/bnb.py: Linear4bit",
+            "memfit.trace.fourbit against that source, by hand; not measured",
+        ),
+        Substitution(
+            "liger-loss",
+            "the loss keeps the gradients of hidden states and head, made in forward over chunks of logits",
+            "liger_kernel/ops/fused_linear_cross_entropy.py (0.8.5): fused_linear_cross_entropy_forward",
+            "memfit.trace.fused against that source, by hand; not measured",
+        ),
+        Substitution(
+            "flash-package",
+            "FlashAttention's own package: windows and packed samples in one call with the bounds of their sequences",
+            "transformers/modeling_flash_attention_utils.py; flash_attn/flash_attn_interface.py (2.8)",
+            "derivative of aten::_flash_attention_forward, the same kernel in torch; memfit.trace.flash",
+        ),
+        Substitution(
+            "fla-delta-rule",
+            "the gated delta rule keeps q, k (normalised), v, gate sums, beta and 64 numbers a token and value head",
+            "fla/ops/gated_delta_rule/chunk.py (fla-core 0.6.0): ChunkGatedDeltaRuleFunction",
+            "memfit.trace.delta against that source, by hand; not measured; its own FLOPs are not counted",
         ),
     )
 }
@@ -73,12 +93,13 @@ UPCAST = frozenset(
     {
         *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "exp", "expm1", "log", "log10", "log2"),
         *("log1p", "pow", "rsqrt", "reciprocal", "softplus", "logsumexp", "cosine_similarity", "acos", "asin"),
-        *("cosh", "sinh", "tan", "erfinv", "dist", "pdist", "renorm"),
+        *("cosh", "sinh", "tan", "erfinv", "dist", "pdist", "renorm", "linalg_vector_norm"),
     }
 )
 # These get dtype=float32 where the caller names none: the input stays as it is, the result is fp32.
 FP32_RESULT = frozenset({"softmax", "log_softmax", "cumsum", "cumprod", "sum"})
-_OPERATORS = {"__pow__": "pow", "__rpow__": "pow"}
+# torch.linalg.norm of a matrix's rows, as DoRA takes it, is linalg_vector_norm below.
+_OPERATORS = {"__pow__": "pow", "__rpow__": "pow", "linalg_norm": "linalg_vector_norm"}
 LOW = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256  # sdp_utils.cpp: check_head_dim_size_flash
 MASK_ALIGNMENT = 16  # attention.cpp: preprocess_mask, pad_bias<16>
@@ -231,6 +252,8 @@ def workspace_bytes(func: Any, args: Any) -> int:
     Flash attention's backward (flash_api.cpp: mha_bwd): the row sums and the fp32 sum of dq, both with the length
     rounded up to 128 and heads to 32 (64 above 128); with grouped heads dk and dv for every query head.
     """
+    if func is aten._flash_attention_backward.default:
+        return flash.workspace_bytes(args)
     if func is not aten._scaled_dot_product_flash_attention_backward.default:
         return 0
     query, key = args[1], args[2]

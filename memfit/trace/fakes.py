@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -34,6 +34,7 @@ FRESH = frozenset(
         *(aten.silu_backward.default, aten.sigmoid_backward.default, aten.cumsum.default, aten.clone.default),
         *(aten.select_backward.default, aten.slice_backward.default, aten.native_layer_norm.default),
         *(aten.native_layer_norm_backward.default, aten._to_copy.default, aten.masked_fill.Scalar),
+        *(aten.zeros_like.default, aten.new_zeros.default, aten.new_empty_strided.default),
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
         aten._scaled_dot_product_flash_attention.default,
@@ -42,6 +43,30 @@ FRESH = frozenset(
         aten._scaled_dot_product_efficient_attention_backward.default,
     }
 )
+
+
+class _OnMeta:
+    """Inside, operators on fakes reach the meta kernels and no mode sees them.
+
+    What fake_tensor.py:in_kernel_invocation_manager does, without the cost of a generator; a test compares both.
+    """
+
+    __slots__ = ("_guards", "_mode")
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self._guards = torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard()
+
+    def __enter__(self) -> None:
+        for guard in self._guards:
+            guard.__enter__()
+        self._mode.in_kernel_invocation = True
+        torch._C._set_meta_in_tls_dispatch_include(True)
+
+    def __exit__(self, *_: Any) -> None:
+        self._mode.in_kernel_invocation = False
+        for guard in reversed(self._guards):
+            guard.__exit__(None, None, None)
 
 
 class Fakes:
@@ -57,7 +82,7 @@ class Fakes:
         """The result of `func` as fake tensors; real tensors among the arguments are taken for their shapes."""
         if func in VIEWS:
             if all(_is_fake_or_plain(value) for value in args) and not kwargs:
-                with in_kernel_invocation_manager(self.mode):
+                with _OnMeta(self.mode):
                     out = func(*args)
                 return self._wrapped(out)
         elif func in FRESH:
@@ -69,7 +94,7 @@ class Fakes:
 
     def empty(self, shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
         """A new fake CPU tensor."""
-        with in_kernel_invocation_manager(self.mode):
+        with _OnMeta(self.mode):
             out = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         return self._fake(out)
 

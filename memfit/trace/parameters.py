@@ -36,6 +36,7 @@ def read_profile(config: Mapping[str, Any], family: Family) -> Profile:
     owners = dict(model.named_modules(remove_duplicate=False))
     first: dict[int, str] = {}
     rows = []
+    unreached = family.unreached(config) if family.unreached else ()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied_to = first.get(id(parameter))
         first.setdefault(id(parameter), name)
@@ -51,6 +52,7 @@ def read_profile(config: Mapping[str, Any], family: Family) -> Profile:
                 kind=_kind(owners[module]),
                 block=_block(family, part, name),
                 tied_to=tied_to,
+                reached=not name.startswith(unreached),
             )
         )
     return Profile(

@@ -36,10 +36,13 @@ class Prepared:
         return plan_of(estimate_states(self.recipe, self.profile, self.family, self.hardware))
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Raises UserError for a model that cannot be found, is of no known family, or is refused by transformers."""
+def prepare(recipe: Recipe, catalogue: bool = False) -> Prepared:
+    """Raises UserError for a model that cannot be found, is of no known family, or is refused by transformers.
+
+    With `catalogue` the catalogue's facts stand in for files that are not here (`find_model`).
+    """
     hardware = hardware_of(recipe)
-    source = find_model(recipe.model, recipe.model_config)
+    source = find_model(recipe.model, recipe.model_config, catalogue)
     family = family_for(source.config)
     return Prepared(recipe, source, family, profile_of(source.config, family), hardware)
 

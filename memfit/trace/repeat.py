@@ -21,6 +21,7 @@ from memfit.specs.trace import Event
 Where = tuple[str, int | None]
 LONGEST_PERIOD = 8  # Qwen3.5 repeats after 4 blocks, Qwen2.5-VL's tower after 8
 KEPT = 3  # periods that run: the first, the middle one that stands for all others, the last
+MAKES, ENDS = ("alloc", "host"), ("free", "host-free")  # kinds of events: on the device, in host memory
 SMALL = 4096  # numbers of a tensor that count as part of a block's call
 
 
@@ -162,7 +163,7 @@ def unfold(
     owners: dict[int, Owner] = {}
     for segment in segments:
         for event in events[segment.first : segment.last]:
-            if event.kind == "alloc":
+            if event.kind in MAKES:
                 owners[event.storage] = (segment.run, segment.place, segment.backward, len(segment.owned))
                 segment.owned.append(event.storage)
     if not _alike(events, segments) or not _end_alike(events, segments, owners):
@@ -203,7 +204,7 @@ def _alike(events: Sequence[Event], segments: Sequence[_Segment]) -> bool:
     made: dict[tuple[int, int, bool], list[tuple[int, str]]] = {}
     for segment in segments:
         made[(segment.run, segment.place, segment.backward)] = [
-            (event.bytes, event.op) for event in events[segment.first : segment.last] if event.kind == "alloc"
+            (event.bytes, event.op) for event in events[segment.first : segment.last] if event.kind in MAKES
         ]
     for (run, place, backward), sizes in made.items():
         if (place != 0 or not backward) and sizes != made.get((run, 1, backward), []):
@@ -224,7 +225,7 @@ def _end_alike(events: Sequence[Event], segments: Sequence[_Segment], owners: di
             gap += 1
         inside = gap < len(bounds) and bounds[gap][0] <= index
         owner = owners.get(event.storage)
-        if event.kind == "free" and owner is not None and owner[1] < 2 and not owner[2] and not inside:
+        if event.kind in ENDS and owner is not None and owner[1] < 2 and not owner[2] and not inside:
             outside[owner] = gap
     return all(outside.get((run, 1 - place, False, number)) == gap for (run, place, _, number), gap in outside.items())
 
@@ -233,13 +234,13 @@ def _balanced(tape: Sequence[Event]) -> bool:
     """Whether everything is freed at most once, and only after it was made."""
     alive: set[int] = set()
     for event in tape:
-        if event.kind == "alloc":
+        if event.kind in MAKES:
             if event.storage in alive:
                 return False
             alive.add(event.storage)
-        elif event.kind in ("free", "gradient") and event.storage not in alive:
+        elif event.kind in (*ENDS, "gradient") and event.storage not in alive:
             return False
-        elif event.kind == "free":
+        elif event.kind in ENDS:
             alive.remove(event.storage)
     return True
 
@@ -290,7 +291,7 @@ class _Unfolding:
             if owner is None or owner[0] != segment.run:
                 if not copy:
                     self._fixed(event)
-                elif event.kind == "free":
+                elif event.kind in ENDS:
                     return False
                 continue
             distance = owner[1] - segment.place

@@ -15,13 +15,12 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
 
 from memfit.build.adapters import base_name
-from memfit.build.freeze import DTYPES
-from memfit.build.loss import causal_loss
-from memfit.catalog.precisions import PRECISIONS
-from memfit.errors import UserError
+from memfit.build.arrange import Arranged, autocast_dtype
 from memfit.families.base import Family
 from memfit.inputs.cache import installed_versions
+from memfit.physics.pinned import pinned_reserved
 from memfit.planner.parts import ResolvedParts
+from memfit.specs.events import EventKind, MemoryEvent
 from memfit.specs.recipe import Recipe
 from memfit.specs.trace import OUTSIDE, Device, Event, FlopsRow, StepTrace, TraceBatch
 from memfit.trace import cpu, cuda
@@ -31,6 +30,7 @@ from memfit.trace.fakes import Fakes
 from memfit.trace.model import make_fake, meta_model, recompute_under
 from memfit.trace.repeat import Run, blocks_of, left_out, plan_skips, unfold
 from memfit.trace.summary import INPUT, Where, summarize
+from memfit.trace.timeline import thinned
 from memfit.trace.tracker import StepTracker, _tensors
 
 Repeats = Callable[[str], bool]  # whether equal blocks of a part are traced once
@@ -59,12 +59,8 @@ def trace_step(request: TraceRequest, whole: bool = False) -> StepTrace:
     """One forward, loss and backward of what `build` builds, as the training loop runs them.
 
     Of equal blocks three run, and their events stand for the others; `whole` runs every block. Raises UserError for a
-    batch that does not fit the model, and for a lever without a stand-in.
+    batch that does not fit the model.
     """
-    if request.recipe.levers.linear_attention == "fla":
-        raise UserError(
-            "levers.linear_attention: fla cannot be traced yet", "levers.linear_attention: reference, an upper bound"
-        )
     start = time.perf_counter()
     locate = locator(request.family)
     traced = None
@@ -85,7 +81,11 @@ def trace_step(request: TraceRequest, whole: bool = False) -> StepTrace:
         flops=traced.flops,
         versions=installed_versions(),
         seconds=time.perf_counter() - start,
+        timeline=thinned(traced.events),
         events=tuple(traced.events),
+        pinned=traced.pinned,
+        written=sum(event.bytes for event in traced.events if event.kind == "alloc"),
+        kernels=sum(event.kind == "alloc" for event in traced.events),
     )
 
 
@@ -94,6 +94,7 @@ class _Traced:
     """What one run of the model gave; the fields are those of `StepTrace`."""
 
     events: Sequence[Event]
+    pinned: int
     inputs: int
     parameters: int
     substitutions: tuple[str, ...]
@@ -102,29 +103,49 @@ class _Traced:
 
 def _traced(request: TraceRequest, locate: Callable[[str], Where], repeats: Repeats) -> _Traced | None:
     """Run the model without the repeats in some parts; None where these turn out not to be alike."""
-    model = meta_model(request.family, request.config, request.recipe, request.parts)
+    arranged = meta_model(request.family, request.config, request.recipe, request.parts)
+    model = arranged.model
     fakes = Fakes()
-    make_fake(model, fakes.mode)
+    make_fake(model, fakes)
     kernels = CudaKernels() if request.device == "gpu" else None
     tracker = StepTracker(fakes, model, cuda.workspace_bytes if kernels else cpu.workspace_bytes, locate)
     parameters = tracker.exclude([*model.parameters(), *model.buffers()])
     with _no_collection(), torch.random.fork_rng(devices=[]), tracker.watching():
         if kernels:
-            recompute_under(model, kernels)
+            recompute_under(model, kernels, tracker.on_host)
         blocks = {where: block for where, block in blocks_of(model, locate).items() if repeats(where[0])}
         runs = plan_skips(blocks, lambda: _look(request, model, tracker)) if blocks else ()
         with left_out([blocks[(run.part, block)] for run in runs for block in run.skipped]):
-            inputs = _run(request, model, tracker, kernels or nullcontext())
+            inputs = _run(request, arranged, tracker, kernels or nullcontext())
     # Copied while the model lives: its gradients die with it, and that is no part of the step.
     events: list[Event] | None = list(tracker.events)
     if runs and events is not None:
         events = unfold(events, tracker.marks, runs, request.family.blocks)
     if events is None:
         return None
-    if kernels and request.recipe.levers.attention == "flash":
-        kernels.used.add("flash-as-sdpa")
-    used = tuple(sorted(kernels.used)) if kernels else ()
-    return _Traced(events, inputs, parameters, used, _flops(tracker, locate, runs))
+    used = tuple(sorted({*kernels.used, *_stand_ins(request)})) if kernels else ()
+    on_device = [event for event in events if not event.kind.startswith("host")]
+    return _Traced(on_device, _pinned(events), inputs, parameters, used, _flops(tracker, locate, runs))
+
+
+def _stand_ins(request: TraceRequest) -> Iterator[str]:
+    """Rows that a recipe asks for by its levers, whatever operators run."""
+    if request.recipe.levers.attention == "flash":
+        yield "flash-package"
+    if request.recipe.levers.linear_attention == "fla":
+        yield "fla-delta-rule"
+    if request.recipe.levers.loss == "fused":
+        yield "liger-loss"
+    if request.parts.quantised:
+        yield "bnb-4bit"
+
+
+def _pinned(events: Sequence[Event]) -> int:
+    """Page-locked host memory for what checkpointed layers keep there."""
+    kinds: dict[str, EventKind] = {"host": "alloc", "host-free": "free"}
+    return pinned_reserved(
+        MemoryEvent(kinds[event.kind], event.storage, event.bytes) for event in events if event.kind in kinds
+    )
 
 
 def locator(family: Family) -> Callable[[str], Where]:
@@ -150,16 +171,17 @@ def _look(request: TraceRequest, model: nn.Module, tracker: StepTracker) -> None
     """One forward that records nothing."""
     tracker.recording = False
     with tracker:
-        batch = make_batch(request.family, request.config, request.batch)
+        batch = make_batch(request.family, request.config, request.batch, request.recipe.levers.packing)
         batch.pop("labels")
         model(**batch)
 
 
-def _run(request: TraceRequest, model: nn.Module, tracker: StepTracker, kernels: AbstractContextManager[Any]) -> int:
+def _run(request: TraceRequest, arranged: Arranged, tracker: StepTracker, kernels: AbstractContextManager[Any]) -> int:
     """Forward, loss and backward under the tracker; returns the bytes of the batch."""
+    model = arranged.model
     with tracker:
         tracker.recording = False
-        batch = make_batch(request.family, request.config, request.batch)
+        batch = make_batch(request.family, request.config, request.batch, request.recipe.levers.packing)
         tracker.recording = True
         tracker.begin("forward")
         size = tracker.adopt(_tensors(batch), INPUT)
@@ -168,7 +190,7 @@ def _run(request: TraceRequest, model: nn.Module, tracker: StepTracker, kernels:
         with kernels:
             outputs = _forward(request, model)(**batch)
             tracker.begin("loss")
-            loss = causal_loss(outputs, labels)
+            loss = arranged.loss(outputs, labels)
         # Trainer.compute_loss returns the loss alone: outputs die before backward.
         del outputs
         tracker.begin("backward")
@@ -180,10 +202,9 @@ def _run(request: TraceRequest, model: nn.Module, tracker: StepTracker, kernels:
 
 def _forward(request: TraceRequest, model: nn.Module) -> Callable[..., Any]:
     """The forward as accelerate prepares it: under autocast it runs in it, and its outputs come back in fp32."""
-    precision = PRECISIONS[str(request.recipe.levers.precision)]
-    if request.recipe.levers.autocast is not True:
+    dtype = autocast_dtype(request.recipe)
+    if dtype is None:
         return model
-    dtype = DTYPES[precision.compute]
 
     def forward(**inputs: Any) -> Any:
         with torch.autocast("cpu", dtype=dtype):

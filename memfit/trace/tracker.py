@@ -9,7 +9,8 @@ from __future__ import annotations
 import bisect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,6 +102,13 @@ class StepTracker(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    def on_host(self) -> AbstractContextManager[Any]:
+        """What autograd saves inside leaves the device for host memory, and comes back as a new tensor.
+
+        As torch.autograd.graph:save_on_cpu(pin_memory=True) does on a GPU. Events "host" and "host-free" tell of it.
+        """
+        return torch.autograd.graph.saved_tensors_hooks(self._to_host, self._from_host)
+
     # ---- modules -----------------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any) -> None:
@@ -140,23 +148,30 @@ class StepTracker(TorchDispatchMode):
         if func is _DEVICE_OF:
             return CPU
         kwargs = kwargs or {}
+        if not self.recording:
+            return self._run(func, args, kwargs)
         path = self._path()
         self._mark(path)
         out = self._run(func, args, kwargs)
         op = func._schema.name
         inside = self._workspace(func, args)
-        for tensor in _tensors(out):
-            self._record(tensor, op, path)
-        if inside and self.recording:
+        if type(out) is FakeTensor:
+            self._record(out, op, path)
+        else:
+            for tensor in _tensors(out):
+                self._record(tensor, op, path)
+        if inside:
             self._pass_through(inside, path, op)
         count = flops_of(func, args, kwargs, out)
-        if count and self.recording:
+        if count:
             key = (self.phase, path)
             self.flops[key] = self.flops.get(key, 0) + count
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        fake = any(isinstance(t, FakeTensor) for t in _tensors((args, kwargs)))
+        fake = (args and type(args[0]) is FakeTensor) or any(
+            isinstance(t, FakeTensor) for t in _tensors((args, kwargs))
+        )
         if not fake and not _makes_float(kwargs):
             return self._real(func, args, kwargs)
         if func is aten.index.Tensor:
@@ -209,9 +224,28 @@ class StepTracker(TorchDispatchMode):
         self.events.append(Event("alloc", number, size, self.phase, where, op))
         self._live[key] = (number, weakref.ref(storage, self._forgetter(key, number, size)))
 
+    def _to_host(self, tensor: torch.Tensor) -> _OnHost:
+        size = tensor.numel() * tensor.element_size()
+        parcel = _OnHost(tuple(tensor.shape), tensor.dtype, None if isinstance(tensor, FakeTensor) else tensor)
+        if size and self.recording:
+            number = self._count = self._count + 1
+            self.events.append(Event("host", number, size, self.phase, self._path(), "save_on_cpu"))
+            weakref.finalize(parcel, self._leave_host, number, size).atexit = False
+        return parcel
+
+    def _from_host(self, parcel: _OnHost) -> torch.Tensor:
+        if parcel.real is not None:
+            return parcel.real
+        out = self._fakes.empty(parcel.shape, torch.empty(parcel.shape, device="meta").stride(), parcel.dtype)
+        self._record(out, "aten::_to_copy")
+        return out
+
+    def _leave_host(self, number: int, size: int) -> None:
+        self.events.append(Event("host-free", number, size, self.phase, "", ""))
+
     def _mark(self, path: str) -> None:
         """Note where another block begins. What runs outside all modules, as the engine's sums, belongs to the last."""
-        if path and self.recording:
+        if path:
             where = self._locate(path)
             if not self.marks or self.marks[-1][1] != where:
                 self.marks.append((len(self.events), where))
@@ -228,6 +262,15 @@ class StepTracker(TorchDispatchMode):
             self.events.append(Event("free", number, size, self.phase, "", ""))
 
         return forget
+
+
+@dataclass(eq=False)
+class _OnHost:
+    """A tensor that waits in host memory; a real one (integers, masks) is kept as it is."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    real: torch.Tensor | None
 
 
 def _makes_float(kwargs: Any) -> bool:

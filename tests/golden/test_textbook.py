@@ -20,6 +20,7 @@ from memfit.physics.textbook import (
 )
 from memfit.specs.plan import Layout
 from memfit.strategies import STRATEGIES
+from memfit.strategies.base import Request
 
 VALUES = {claim.id: claim.value() for claim in CLAIMS}
 
@@ -93,7 +94,7 @@ def test_what_memfit_plans_with_is_the_textbook_and_what_it_leaves_out(stage: in
     """DeepSpeed's stage 1 keeps 2 more bytes for each gradient of the slice that it owns; 2 and 3 are as taught."""
     ranks = 64
     taught = mixed(SEVEN_B, zero_split(stage, ranks))
-    planned = states_of(STRATEGIES[f"zero{stage}"].layout(ranks), SEVEN_B).bytes()
+    planned = states_of(STRATEGIES[f"zero{stage}"].layout(Request(ranks, master_width=4)), SEVEN_B).bytes()
     assert planned.pop("gradient_copies") == copy * SEVEN_B // ranks
     assert planned == {kind: size for kind, size in taught.items() if kind != "gradient_copies"}
 

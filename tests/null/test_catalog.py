@@ -37,7 +37,7 @@ def test_gpu_row(row: GpuRow) -> None:
 def test_promised_gpus_and_their_sources() -> None:
     names = {row.name: row for row in GPUS}
     assert set(PROMISED) <= set(names)
-    assert all(names[name].verified == "cited" for name in PROMISED if name != "H100-96G")
+    assert all(names[name].verified == "cited" for name in PROMISED)
     assert round(names["RTX3090"].capacity_bytes / GIB, 2) == 23.69
     assert find_gpu("H100") is names["H100-80G"]
     assert len({row.name for row in GPUS}) == len(GPUS)

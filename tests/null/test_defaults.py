@@ -132,8 +132,13 @@ def test_batch_that_does_not_divide_names_the_two_nearest(batch: int, micro: int
         ("1xT4", {"precision": "bf16"}, "precision 'bf16'", "did you mean"),
         ("2xT4", {"parallel": "none"}, "uses one of the 2 GPUs of 2xT4", "ddp"),
         ("2xT4", {"parallel": "layers"}, "not forecast in this version", "none, ddp"),
-        ("1xT4", {"offload": "optimizer"}, "not forecast in this version", "offload: none"),
-        ("1xT4", {"activation_offload": True}, "not forecast in this version", "activation_offload: false"),
+        ("1xT4", {"offload": "optimizer"}, "does not run with parallel: none", "zero1, zero2 or zero3"),
+        (
+            "1xT4",
+            {"activation_offload": True, "checkpointing": "none"},
+            "moves what checkpointed",
+            "checkpointing: full",
+        ),
     ],
 )
 def test_levers_that_do_not_go_together(gpus: str, levers: Any, problem: str, hint: str) -> None:

@@ -113,19 +113,24 @@ def test_ddp_holds_the_gradients_twice() -> None:
     assert copies.alive == PHASES
 
 
+# 4 ranks, 4,016 elements end to end, 1,004 a rank. The third rank's share [2008, 3012) touches q_proj 0, norm 0, q_proj
+# 1, norm 1 and the head, which it keeps whole while they are reduced: 256 + 16 + 256 + 16 + 1600.
+TOUCHED = 2144
+
+
 @pytest.mark.parametrize(
     ("parallel", "weights", "gradients", "copies"),
-    # 4 ranks. vision 144, connector 128, language 2144, head 1600 all divide by 4, tensor by tensor too.
-    [("zero1", 1, 1, 4), ("zero2", 1, 4, 0), ("zero3", 4, 4, 0)],
+    [("zero1", 2 * ALL, 2 * ALL, 2 * TOUCHED), ("zero2", 2 * ALL, 2 * TOUCHED, 0), ("zero3", ALL // 2, ALL // 2, 0)],
 )
 def test_zero_steady_states(parallel: Any, weights: int, gradients: int, copies: int) -> None:
     """bf16 weights and gradients, and fp32 master weights and moments of the own quarter: 12 T / N."""
     kinds = by_kind(estimate("4xA100-40G", levers=Levers(parallel=parallel)))
-    assert kinds["weights"] == 2 * ALL // weights
-    assert kinds["gradients"] == 2 * ALL // gradients
-    assert kinds.get("gradient_copies", 0) == (2 * ALL // copies if copies else 0)
+    assert kinds["weights"] == weights
+    assert kinds["gradients"] == gradients
+    assert kinds.get("gradient_copies", 0) == copies
     assert kinds["master"] == 4 * ALL // 4
-    assert kinds["optimizer"] - 8 * ALL // 4 in {4 * 4, 4 * 12}  # step scalars: one a part, or one a tensor
+    # One flat group, one step scalar: rates do not differ by part.
+    assert kinds["optimizer"] == 8 * ALL // 4 + 4
 
 
 def test_zero_splits_what_is_frozen_only_at_stage_3() -> None:
@@ -250,8 +255,8 @@ def test_text() -> None:
         assert words in text
     language = next(line for line in lines if line.startswith("language"))
     assert language.split()[1:4] == ["full", "2,144", "2,144"]
-    nominal = estimate_text(estimate("1xH100-96G"))
-    assert "capacity of H100-96G is nominal" in nominal
+    nominal = estimate_text(estimate("1xTitanRTX", levers=Levers(precision="fp32")))
+    assert "capacity of TitanRTX is nominal" in nominal
 
 
 def test_why_gives_formula_numbers_and_source() -> None:

@@ -109,7 +109,9 @@ def test_house_limits(capsys: pytest.CaptureFixture[str]) -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 functions.append((node.end_lineno - node.lineno + 1, f"{path.relative_to(PACKAGE)}:{node.name}"))
                 count = len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs)
-                if count - ("self" in {a.arg for a in node.args.args}) > 5 and floor_of(path) not in {"cli", "api"}:
+                # A model's forward has the parameters that transformers looks for in its signature.
+                free = floor_of(path) in {"cli", "api"} or (floor_of(path) == "models" and node.name == "forward")
+                if count - ("self" in {a.arg for a in node.args.args}) > 5 and not free:
                     many_parameters.append(f"{path.relative_to(PACKAGE)}:{node.name} takes {count}")
     short = sum(length <= 50 for length, _ in functions) / max(len(functions), 1)
     with capsys.disabled():

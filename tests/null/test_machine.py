@@ -125,8 +125,27 @@ def test_gpus_of_several_kinds_are_refused(tmp_path: Path, monkeypatch: pytest.M
         ("NVIDIA A100-SXM4-80GB", 81920, "A100-80G"),
         ("NVIDIA A100 80GB PCIe", 81920, "A100-80G"),
         ("NVIDIA H100 80GB HBM3", 81559, "H100-80G"),
-        ("NVIDIA H100 PCIe", 81559, "H100-80G"),
+        ("NVIDIA H100 PCIe", 81559, "H100-PCIe"),
         ("NVIDIA H100 NVL", 95830, "H100-94G"),
+        ("NVIDIA GH200 480GB", 97871, "H100-96G"),
+        ("NVIDIA H200", 143771, "H200"),
+        ("NVIDIA B200", 183359, "B200"),
+        ("NVIDIA GeForce RTX 2080 Ti", 11264, "RTX2080Ti"),
+        ("NVIDIA GeForce RTX 3060", 12288, "RTX3060-12G"),
+        ("NVIDIA GeForce RTX 3080", 10240, "RTX3080"),
+        ("NVIDIA GeForce RTX 4060 Ti", 16380, "RTX4060Ti-16G"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 16376, "RTX4070TiS"),
+        ("NVIDIA GeForce RTX 5080", 16303, "RTX5080"),
+        ("NVIDIA TITAN RTX", 24576, "TitanRTX"),
+        ("NVIDIA A10G", 23028, "A10G"),
+        ("NVIDIA A40", 46068, "A40"),
+        ("NVIDIA RTX A6000", 49140, "A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", 49140, "RTX6000Ada"),
+        ("NVIDIA L4", 23034, "L4"),
+        ("NVIDIA L40", 46068, "L40"),
+        ("Tesla V100-SXM2-16GB", 16384, "V100-16G"),
+        ("Tesla P100-PCIE-16GB", 16384, "P100"),
+        ("Tesla P40", 24576, "P40"),
     ],
 )
 def test_driver_names_find_their_rows(name: str, mib: int, row: str) -> None:
@@ -136,7 +155,7 @@ def test_driver_names_find_their_rows(name: str, mib: int, row: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4080 SUPER", "Tesla V100-SXM2-16GB"]
+    "name", ["NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4080 SUPER", "NVIDIA GeForce RTX 3080"]
 )
 def test_a_gpu_without_a_row_is_what_the_driver_says(name: str) -> None:
     found = gpu_row(DetectedGpu(0, name, 16 * GIB, "550.1", "7.5", "12.4"))

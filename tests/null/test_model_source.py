@@ -123,7 +123,7 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
 
 
 def test_remote_code_is_refused(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path, config__json={"model_type": "minicpmv", "auto_map": {"AutoModel": "x.Y"}})
+    folder = folder_with(tmp_path, config__json={"model_type": "internvl_chat", "auto_map": {"AutoModel": "x.Y"}})
     with pytest.raises(UserError, match="code of its own repository") as caught:
         find_model(str(folder))
     assert "minicpmv4_6" in caught.value.hint

@@ -46,7 +46,7 @@ def test_the_larger_share() -> None:
 def test_what_the_worst_rank_holds() -> None:
     shapes = ((5, 3), (4,), ())
     assert local_shapes(shapes, 1, "part") == shapes
-    assert local_shapes(shapes, 3, "part") == ((7,),)  # 15 + 4 + 1 = 20 elements, 7 + 7 + 6
+    assert local_shapes(shapes, 3, "part") == ((8,),)  # 15 + 4 + 1 = 20 elements, padded to 24: an even number each
     assert local_shapes(shapes, 3, "tensor") == ((5,), (2,), (1,))
     assert local_shapes(shapes, 3, "rows") == ((2, 3), (2,), ())
     assert local_shapes((), 4, "part") == ()

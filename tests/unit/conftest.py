@@ -11,7 +11,7 @@ from memfit.inputs.recipe_file import load_recipe
 from memfit.specs.recipe import Recipe
 from memfit.testing import make_dummy, make_samples
 
-VISION_KINDS = ("minicpmv4_6", "minicpmv4_7", "qwen2_5_vl", "llava")
+VISION_KINDS = ("minicpmv4_6", "minicpmv4_7", "qwen2_5_vl", "llava", "minicpmv2_6")
 
 
 @pytest.fixture(scope="session")

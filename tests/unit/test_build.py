@@ -118,7 +118,7 @@ def test_a_frozen_tower_keeps_no_graph_under_checkpointing(recipe: Make, kind: s
     built = built_from(recipe(kind, f"method={method}", "parts.vision=frozen", "levers.checkpointing=full"))
     built.model.train()
     seen: list[bool] = []
-    tower = next(m for n, m in built.model.named_modules() if n.endswith((".vision_tower", ".visual")))
+    tower = next(m for n, m in built.model.named_modules() if n.endswith((".vision_tower", ".visual", "vpm")))
     tower.register_forward_hook(
         lambda module, args, output: seen.append(
             any(t.requires_grad for t in _tensors(output)) and not any(p.requires_grad for p in module.parameters())
@@ -185,8 +185,16 @@ def test_missing_or_foreign_weights_stop_the_build(
 
 @pytest.mark.parametrize(
     "pinned",
-    ["levers.loss=chunked", "levers.optimizer=lion", "levers.packing=true", "goal=long", "run.on_oom=tighten"],
+    ["levers.optimizer=lion", "goal=long", "run.on_oom=tighten"],
 )
 def test_a_lever_that_is_not_built_is_refused_not_ignored(recipe: Make, pinned: str) -> None:
     with pytest.raises(UserError, match=pinned.split("=")[0].replace(".", r"\.")):
         built_from(recipe("minicpmv4_6", pinned))
+
+
+def test_a_missing_package_for_linear_attention_is_told(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memfit.build import supported
+
+    monkeypatch.setattr(supported.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package flash-linear-attention"):
+        supported.refuse_what_is_not_built(recipe("minicpmv4_6", "levers.linear_attention=fla"))

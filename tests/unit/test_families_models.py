@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
+from memfit import models
 from memfit.families import FAMILIES, family_for
 from memfit.families.base import Family
 
@@ -40,6 +41,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "llama", **TEXT},
         "vision_config": {"model_type": "clip_vision_model", **VISION},
     },
+    "minicpmv": {**TEXT, "hidden_size": 128, "version": 2.6, "vision_config": VISION},
+    "minicpmo": {**TEXT, "hidden_size": 128, "vision_config": VISION},
     "qwen3_5_text": {**TEXT, **LINEAR},
     "phi": {**TEXT, "num_key_value_heads": 4},
 }
@@ -47,6 +50,7 @@ MODEL_TYPES = [name for family in FAMILIES for name in family.model_types]
 
 
 def build(model_type: str, **more: Any) -> tuple[Family, torch.nn.Module]:
+    models.register()
     config = transformers.AutoConfig.for_model(model_type, **{**CONFIGS.get(model_type, TEXT), **more})
     family = family_for({"model_type": model_type})
     with torch.device("meta"):
@@ -94,7 +98,7 @@ def test_auto_targets_are_all_projections_of_the_language_blocks(model_type: str
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.images], ids=lambda family: family.name)
 def test_image_processors_exist_without_torchvision(family: Family) -> None:
     assert family.images is not None
-    processor = getattr(transformers, family.images.processor)()
+    processor = models.image_processor(family.images.processor)()
     assert processor.backend == "pil"
 
 

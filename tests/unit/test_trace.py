@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
 from benchmarks.trace_against_profiler import PHASES, cases, measure, request_for, traced_peak
 from memfit.errors import UserError
@@ -16,7 +17,7 @@ from memfit.families import family_for
 from memfit.inputs.model_source import find_model
 from memfit.specs.recipe import ImageBudget
 from memfit.specs.trace import StepTrace, TraceBatch
-from memfit.testing.models import KINDS
+from memfit.testing.models import KINDS, NATIVE_KINDS
 from memfit.trace import fakes
 from memfit.trace.step import TraceRequest, trace_step
 from tests.unit.conftest import VISION_KINDS
@@ -60,7 +61,7 @@ def assert_equal(trace: StepTrace, request: TraceRequest, slack: int = 64) -> No
 SCALARS = 256
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *NATIVE_KINDS])
 def test_a_traced_step_equals_a_real_one(dummies: Folder, kind: str) -> None:
     """To a few bytes: with a picture, and padding, so that attention has a mask."""
     request = dummy_request(dummies(kind))
@@ -174,6 +175,26 @@ def test_the_quick_way_of_fakes_changes_no_event(
     monkeypatch.setattr(fakes, "VIEWS", frozenset())
     monkeypatch.setattr(fakes, "FRESH", frozenset())
     assert in_order(trace_step(request)) == in_order(quick)
+
+
+def test_the_short_way_to_the_meta_kernels_is_upstreams() -> None:
+    """`_OnMeta` against torch's own manager: the same results, and the same state left behind, errors included."""
+    made = fakes.Fakes()
+    x = made.empty((4, 6), (6, 1), torch.bfloat16)
+
+    def state() -> tuple[bool, bool]:
+        return made.mode.in_kernel_invocation, torch._C._meta_in_tls_dispatch_include()
+
+    for manager in (fakes._OnMeta, in_kernel_invocation_manager):
+        before = state()
+        with manager(made.mode):
+            out = torch.ops.aten.view.default(x, [24])
+            assert state() == (True, True)
+        assert (out.device.type, tuple(out.shape), out.dtype) == ("meta", (24,), torch.bfloat16)
+        assert not isinstance(out, FakeTensor)
+        with pytest.raises(RuntimeError), manager(made.mode):
+            torch.ops.aten.view.default(x, [23])
+        assert state() == before == (False, False)
 
 
 def in_order(trace: StepTrace) -> list[Any]:

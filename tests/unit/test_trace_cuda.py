@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.trace_against_profiler import request_for
-from memfit.errors import UserError
-from memfit.specs.trace import TraceBatch
+from memfit.specs.trace import StepTrace, TraceBatch
+from memfit.specs.workload import ImageCost
 from memfit.trace.cuda import FP32_RESULT, ROWS, UPCAST, CudaKernels, workspace_bytes
+from memfit.trace.delta import _GatedDeltaRule
 from memfit.trace.step import trace_step
 
+aten = torch.ops.aten
 B, N, K, T, H = 2, 8, 2, 100, 64
 
 
@@ -126,7 +129,7 @@ def test_the_names_are_those_that_this_torch_treats_apart() -> None:
     assert left == {
         *("addcdiv", "addcmul", "addmv", "addr", "atan2", "bilinear", "chain_matmul", "convolution", "cross", "dot"),
         *("einsum", "frobenius_norm", "gru_cell", "index_put", "linalg_matrix_norm", "linalg_multi_dot"),
-        *("linalg_vector_norm", "lstm_cell", "mv", "norm", "nuclear_norm", "rnn_relu_cell", "rnn_tanh_cell"),
+        *("lstm_cell", "mv", "norm", "nuclear_norm", "rnn_relu_cell", "rnn_tanh_cell"),
         *("scatter_add", "tensordot", "vdot"),
     }
 
@@ -141,19 +144,192 @@ def test_the_workspace_of_flash_backward_by_hand() -> None:
     assert workspace_bytes(torch.ops.aten.mm.default, (query, key)) == 0
 
 
-def test_fused_linear_attention_is_refused_not_replaced(dummies: Callable[[str], Path]) -> None:
-    config = json.loads((dummies("llama") / "config.json").read_text(encoding="utf-8"))
-    request = request_for(config, TraceBatch((30,)), "levers.linear_attention=fla", device="gpu")
-    with pytest.raises(UserError, match="fla cannot be traced"):
-        trace_step(request)
+def flash_config(**more: Any) -> dict[str, Any]:
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return {"model_type": "llama", **text, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50, **more}
 
 
-def test_the_flash_package_is_named_as_a_stand_in(dummies: Callable[[str], Path]) -> None:
-    config = json.loads((dummies("llama") / "config.json").read_text(encoding="utf-8"))
-    sets = ("levers.attention=flash", "levers.precision=pure-bf16")
-    trace = trace_step(request_for(config, TraceBatch((30,)), *sets, device="gpu"))
-    assert trace.device == "gpu"
-    assert set(trace.substitutions) == {"flash-as-sdpa", "sdpa-flash"} <= set(ROWS)
+def attention_bytes(trace: StepTrace) -> dict[str, list[int]]:
+    """Bytes of what the flash kernel makes and does not free before backward, by phase."""
+    return {
+        phase: [e.bytes for e in trace.events if e.kind == "alloc" and e.phase == phase and "_flash_attention" in e.op]
+        for phase in ("forward", "backward")
+    }
+
+
+FLASH = ("levers.attention=flash", "levers.precision=pure-bf16")
+
+
+def test_the_flash_package_keeps_what_sdpa_flash_keeps_of_whole_rows() -> None:
+    package, sdpa = (
+        trace_step(request_for(flash_config(), TraceBatch((90,)), *sets, device="gpu"))
+        for sets in (FLASH, ("levers.precision=pure-bf16",))
+    )
+    assert set(package.substitutions) == {"flash-package"} <= set(ROWS)
+    assert package.saved_bytes == sdpa.saved_bytes
+    assert package.flops == sdpa.flops
+    out, sums = 2 * 90 * 64, 4 * 4 * 90
+    assert attention_bytes(package)["forward"][:2] == [out, sums]
+
+
+def test_the_flash_package_leaves_padding_out_of_attention() -> None:
+    """No mask is made, grouped heads stay grouped, and what the kernel keeps has real tokens only."""
+    batch = TraceBatch((90, 50))
+    trace = trace_step(request_for(flash_config(), batch, *FLASH, device="gpu"))
+    real = 90 + 50
+    assert attention_bytes(trace)["forward"][:2] == [2 * real * 64, 4 * 4 * real]
+    assert sorted(attention_bytes(trace)["backward"])[-3:].count(2 * real * 64) == 1  # dq; k and v have half the heads
+    # q, k and v without padding are copies, kept beside nothing else: the padded ones are dropped.
+    copies = [
+        e.bytes for e in trace.events if e.kind == "alloc" and e.phase == "forward" and e.op == "aten::index_select"
+    ]
+    assert copies == [2 * real * 64, 2 * real * 32, 2 * real * 32]
+
+
+def test_packed_rows_and_windows_are_one_call_with_bounds() -> None:
+    packed = trace_step(request_for(flash_config(), TraceBatch((90, 50)), *FLASH, "levers.packing=true", device="gpu"))
+    assert attention_bytes(packed)["forward"][:2] == [2 * 140 * 64, 4 * 4 * 140]
+    # Only pairs inside a sample are counted: 4 x heads x size x (90^2 + 50^2) forward.
+    padded = trace_step(request_for(flash_config(), TraceBatch((90, 50)), *FLASH, device="gpu"))
+    dense = sum(row.flops for row in padded.flops if row.phase == "forward" and row.part == "language")
+    tight = sum(row.flops for row in packed.flops if row.phase == "forward" and row.part == "language")
+    matrices = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 64)
+    assert tight == 4 * 64 * (90 * 90 + 50 * 50) + 140 * matrices
+    assert dense == tight + 40 * matrices
+
+
+def test_windows_of_a_tower_go_in_one_call(dummies: Callable[[str], Path]) -> None:
+    config = json.loads((dummies("qwen2_5_vl") / "config.json").read_text(encoding="utf-8"))
+    batch = TraceBatch((200,), ((ImageCost(((16, 20),), (80,)),),))
+    one, many = (
+        trace_step(request_for(config, batch, f"levers.attention={name}", "levers.precision=pure-bf16", device="gpu"))
+        for name in ("flash", "sdpa")
+    )
+
+    def calls(trace: StepTrace) -> int:
+        """Calls in the tower: each makes one fp32 tensor of row sums."""
+        return len(
+            {
+                e.storage
+                for e in trace.events
+                if "flash_attention" in e.op and ".attn" in e.path and e.phase == "forward"
+            }
+        )
+
+    depth = config["vision_config"]["depth"]
+    assert calls(one) < calls(many)
+    heads, patches = config["vision_config"]["num_heads"], 16 * 20
+    sums = [e.bytes for e in one.events if e.bytes == 4 * heads * patches and "_flash_attention_forward" in e.op]
+    assert len(sums) == depth
+
+
+def test_the_workspace_of_the_package_by_hand() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query = torch.empty(140, 4, 80, dtype=torch.bfloat16)
+        key = torch.empty(140, 2, 80, dtype=torch.bfloat16)
+        dense = torch.empty(2, 100, 4, 80, dtype=torch.bfloat16)
+    func = torch.ops.aten._flash_attention_backward.default
+    starts = torch.tensor([0, 90, 140], dtype=torch.int32)
+    rows = 140 + 2 * 128  # 128 more for each sequence; heads of 80 become 96
+    assert workspace_bytes(func, (query, query, key, key, query, query, starts)) == (
+        4 * rows * 4 + 4 * rows * 4 * 96 + 2 * 2 * 140 * 4 * 80
+    )
+    rows = 2 * 128  # 100 become 128
+    assert workspace_bytes(func, (dense, dense, dense, dense, dense, dense, None)) == 4 * rows * 4 + 4 * rows * 4 * 96
+
+
+def test_a_mask_expands_grouped_keys_and_values() -> None:
+    """transformers.integrations.sdpa_attention:use_gqa_in_sdpa: with padding every query head gets its own copy."""
+    alone, padded = (
+        trace_step(request_for(flash_config(), TraceBatch(rows), "levers.precision=pure-bf16", device="gpu"))
+        for rows in ((128, 128), (128, 127))
+    )
+    assert (alone.substitutions, padded.substitutions) == (("sdpa-flash",), ("sdpa-efficient",))
+
+    def kept(trace: StepTrace) -> int:
+        return sum(row.bytes for row in trace.saved if row.block == 0)
+
+    tokens = 2 * 128
+    # k after rope and v: from 2 heads to 4; row sums need no padding here.
+    expanded = 2 * 2 * tokens * (64 - 32)
+    spread = kept(padded) - kept(alone) - expanded
+    # The block's own mask in the dtype of q; the two kernels' seeds differ by a few bytes.
+    assert abs(spread - 2 * 2 * 128 * 128) <= 32
+
+
+def test_dora_takes_norms_in_fp32_under_autocast() -> None:
+    """PEFT's DoraLinearLayer.get_weight_norm: torch.linalg.norm of a 16-bit weight; CUDA's autocast widens it."""
+    sets = (
+        "method=lora",
+        "lora.variant=dora",
+        "levers.precision=bf16-amp",
+        "lora.dtype=bf16",
+        "lora.targets=[down_proj]",
+    )
+    trace = trace_step(request_for(flash_config(intermediate_size=320), TraceBatch((30,)), *sets, device="gpu"))
+    wide = [e for e in trace.events if e.kind == "alloc" and e.bytes == 4 * 64 * 320 and "down_proj" in e.path]
+    assert "aten::_to_copy" in {event.op for event in wide}
+    assert {event.phase for event in wide} >= {"forward"}
+    assert "autocast-fp32" in trace.substitutions
+
+
+def test_the_gated_delta_rule_keeps_its_inputs_and_the_solved_matrix() -> None:
+    """By hand, for 2 key heads of 16, 4 value heads of 8 and 100 tokens: 2 chunks."""
+    tokens, keys, values, k, v = 100, 2, 4, 16, 8
+    found: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(1, tokens, *shape, dtype=dtype, requires_grad=True)
+
+    made: list[int] = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func in (
+                aten.empty.memory_format,
+                aten.empty_like.default,
+                aten.new_empty.default,
+                aten.new_zeros.default,
+            ):
+                made.append(out.untyped_storage().nbytes())
+            return out
+
+    with FakeTensorMode():
+        inputs = (make(keys, k), make(keys, k), make(values, v), make(values, dtype=torch.float32), make(values))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = _GatedDeltaRule.apply(*inputs)
+        kept = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+        q_and_k = 2 * (2 * tokens * keys * k + 4 * tokens * keys)
+        v_g_beta = 2 * tokens * values * v + 4 * tokens * values + 2 * tokens * values
+        assert kept == q_and_k + v_g_beta + 2 * tokens * values * 64
+        assert out.shape == inputs[2].shape
+        with Made():
+            torch.autograd.grad(out, inputs, torch.empty_like(out))
+    wide, deep, states = 2 * tokens * values * k, 2 * tokens * values * v, 2 * 2 * values * k * v
+    gates, key_like = 4 * tokens * values, 2 * tokens * keys * k
+    # w u h v_new | dv dh dv | dq dk dg dw | dk2 dv dg2 db | dg | dq dk of the norms
+    expected = [wide, deep, states, deep, deep, states, deep, wide, wide, gates, wide]
+    expected += [wide, deep, gates, 2 * tokens * values, gates, key_like, key_like]
+    assert made[1:] == expected  # the first is the incoming gradient
+
+
+def test_fla_takes_the_place_of_every_linear_attention_layer(dummies: Callable[[str], Path]) -> None:
+    config = json.loads((dummies("minicpmv4_6") / "config.json").read_text(encoding="utf-8"))
+    for checkpointing in ("none", "full"):
+        sets = ("levers.precision=pure-bf16", f"levers.checkpointing={checkpointing}")
+        reference, fla = (
+            trace_step(request_for(config, TraceBatch((300,)), *sets, f"levers.linear_attention={name}", device="gpu"))
+            for name in ("reference", "fla")
+        )
+        assert "fla-delta-rule" in fla.substitutions
+        assert fla.peak("backward").bytes < reference.peak("backward").bytes
+        assert fla.gradients == reference.gradients
+    assert fla.saved_bytes == reference.saved_bytes  # checkpointed: inputs of layers, whatever runs inside
 
 
 def test_every_row_names_its_source() -> None:

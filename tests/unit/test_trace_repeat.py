@@ -123,3 +123,20 @@ def test_a_tape_that_frees_twice_is_not_taken() -> None:
     assert _balanced([made, freed])
     assert not _balanced([made, freed, freed])
     assert not _balanced([freed])
+
+
+STAND_INS = {
+    "minicpmv4_6": ("levers.linear_attention=fla", "levers.attention=flash", "levers.activation_offload=true"),
+    "qwen2_5_vl": ("levers.attention=flash", "levers.loss=fused", "levers.checkpointing=selective"),
+    "llama": ("method=qlora", "levers.loss=chunked", "levers.checkpointing=every-2"),
+}
+
+
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_stand_ins_and_levers_compose_too(dummies: Folder, kind: str) -> None:
+    config, batch = deep(dummies(kind), kind)
+    sets = ("levers.checkpointing=full", "levers.precision=bf16-amp", *STAND_INS[kind])
+    request = request_for(config, batch, *sets, device="gpu")
+    composed, whole = trace_step(request), trace_step(request, whole=True)
+    assert figures(composed) == figures(whole)
+    assert composed.pinned == whole.pinned

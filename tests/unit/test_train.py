@@ -221,7 +221,7 @@ def test_a_disk_too_small_is_told_before_training(
 
 def test_a_loss_that_is_no_number_stops_the_run(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "memfit.engine.train.causal_loss", lambda out, labels, num_items_in_batch=None: out.logits.sum() * float("nan")
+        "memfit.build.loss.causal_loss", lambda out, labels, num_items_in_batch=None: out.logits.sum() * float("nan")
     )
     with pytest.raises(RunFailed, match="the loss became nan at step 1"):
         trained(recipe("minicpmv4_6"), tmp_path / "run")

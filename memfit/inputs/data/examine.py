@@ -22,7 +22,7 @@ from memfit.specs.sample import Sample
 from memfit.specs.workload import SampleCost
 
 _HEAD = 1000  # rows that the format is detected from
-_TELL_EVERY = 500  # rows between two calls of the progress function
+TELL_EVERY = 500  # rows between two calls of the progress function
 
 
 class SampleEncoder(Protocol):
@@ -90,27 +90,28 @@ def examine(
     """
     path = data_path(data, source)
     root = DataRoot(Path(data.image_root) if data.image_root is not None else path.parent)
-    form, rows = _with_format(path, data.format)
+    form, rows = with_format(path, data.format)
     result = Examined(source, path, form, data.format == "auto", 0)
     entries: list[tuple[Sample | Broken, int]] = []
     for row in rows:
-        entries.append((_read_row(row, form, root, source, result.ignored), row.line))
-        if options.progress and row.number % _TELL_EVERY == 0:
+        entries.append((read_row(row, form, root, source, result.ignored), row.line))
+        if options.progress and row.number % TELL_EVERY == 0:
             options.progress("rows", row.number, None)
     if source == "train" and data.limit is not None:
-        entries = _first_of_shuffle(entries, data.limit, options.seed, root)
+        entries = first_of_shuffle(entries, data.limit, options.seed, root)
     result.rows = len(entries)
     result.wider_root = root.wider_root()
     wanted = (image for entry, _ in entries if isinstance(entry, Sample) for image in entry.images)
     result.scan = scan_images(wanted, thumbs, options.workers, options.progress)
     for number, (entry, line) in enumerate(entries):
         _sort_in(result, entry, line, encoder, options.max_length)
-        if options.progress and encoder is not None and (number % _TELL_EVERY == 0 or number + 1 == len(entries)):
+        if options.progress and encoder is not None and (number % TELL_EVERY == 0 or number + 1 == len(entries)):
             options.progress("tokens", number + 1, len(entries))
     return result
 
 
-def _with_format(path: Path, wanted: str) -> tuple[str, Iterator[Row]]:
+def with_format(path: Path, wanted: str) -> tuple[str, Iterator[Row]]:
+    """The format of a data file ("auto" looks at its first rows) and its rows. UserError for an unknown one."""
     rows = read_rows(path)
     if wanted != "auto":
         if wanted not in READERS:
@@ -121,7 +122,8 @@ def _with_format(path: Path, wanted: str) -> tuple[str, Iterator[Row]]:
     return form, itertools.chain(head, rows)
 
 
-def _read_row(row: Row, form: str, root: DataRoot, source: Source, ignored: Counter[str]) -> Sample | Broken:
+def read_row(row: Row, form: str, root: DataRoot, source: Source, ignored: Counter[str]) -> Sample | Broken:
+    """One row as a sample with its pictures' paths, or why it is none. `ignored` counts keys that say nothing here."""
     name = str(row.number)
     try:
         if row.problem is not None:
@@ -137,7 +139,7 @@ def _read_row(row: Row, form: str, root: DataRoot, source: Source, ignored: Coun
         return Broken(row.number, name, error.reason, error.detail, row.line, source)
 
 
-def _first_of_shuffle(
+def first_of_shuffle(
     entries: list[tuple[Sample | Broken, int]], limit: int, seed: int, root: DataRoot
 ) -> list[tuple[Sample | Broken, int]]:
     """`limit` entries drawn by `seed`, in the file's order. Neither that nor the folder's place decides which ones."""
@@ -159,15 +161,16 @@ def _sort_in(
         result.broken.append(entry)
         return
     try:
-        sizes = _sizes(result.scan, entry)
+        sizes = sizes_of(result.scan, entry)
         if encoder is not None:
-            result.costs.append(_cost(encoder, entry, sizes, max_length))
+            result.costs.append(cost_of(encoder, entry, sizes, max_length))
         result.samples.append(entry)
     except RowError as error:
         result.broken.append(Broken(entry.row, entry.id, error.reason, error.detail, line, result.source))
 
 
-def _sizes(scan: Scan, sample: Sample) -> list[tuple[int, int]]:
+def sizes_of(scan: Mapping[Path, Any], sample: Sample) -> list[tuple[int, int]]:
+    """(width, height) of a sample's pictures, from facts or headers. Raises RowError with the first that has none."""
     sizes, problems = [], []
     for path in sample.images:
         facts = scan[path]
@@ -181,21 +184,27 @@ def _sizes(scan: Scan, sample: Sample) -> list[tuple[int, int]]:
     return sizes
 
 
-def _cost(
+def cost_of(
     encoder: SampleEncoder, sample: Sample, sizes: Sequence[tuple[int, int]], max_length: int | None
 ) -> SampleCost:
+    """What a sample takes. Raises RowError for one that cannot be encoded or is too long."""
+    cost = encoder.sample_cost(encode_row(encoder, sample, sizes))
+    if max_length is not None and cost.tokens > max_length:
+        pictures = f", {cost.image_tokens:,} of them pictures" if cost.image_tokens else ""
+        raise RowError("too-long", f"{cost.tokens:,} tokens{pictures}; max_length is {max_length:,}")
+    return cost
+
+
+def encode_row(encoder: SampleEncoder, sample: Sample, sizes: Sequence[tuple[int, int]]) -> Any:
+    """What `encoder.encode` returns. Raises RowError for control tokens in words, and what the model cannot take."""
     for index, turn in enumerate(sample.turns):
         found = encoder.special_tokens_in(turn.text)
         if found:
             words = ", ".join(repr(word) for word in dict.fromkeys(found))
             raise RowError("special-token-in-text", f"turn {index} ({turn.role}) spells {words}")
     try:
-        cost = encoder.sample_cost(encoder.encode(sample, sizes))
+        return encoder.encode(sample, sizes)
     except UserError as error:
         raise RowError(
             "cannot-encode", f"{error.problem.removeprefix(f'row {sample.row}: ')} ({error.hint})"
         ) from error
-    if max_length is not None and cost.tokens > max_length:
-        pictures = f", {cost.image_tokens:,} of them pictures" if cost.image_tokens else ""
-        raise RowError("too-long", f"{cost.tokens:,} tokens{pictures}; max_length is {max_length:,}")
-    return cost

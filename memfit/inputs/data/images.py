@@ -141,6 +141,11 @@ def orientation(image: Image.Image) -> int:
     return value if value in _TURNS else 1
 
 
+def sideways(exif: Image.Exif) -> bool:
+    """Whether an EXIF block turns its picture by a quarter, so that width and height change places."""
+    return exif.get(ExifTags.Base.Orientation, 1) in _SIDEWAYS
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) after the orientation has been applied."""
     width, height = image.size

@@ -23,6 +23,7 @@ from memfit.inputs.cache import cache_folder
 FORMAT = 1
 # A file changed this shortly before it was read may change again within the same tick of the file system's clock.
 SETTLED_NS = 1_000_000_000
+_MOST_ASKED = 10_000  # paths in one question: SQLite takes 32,766 values
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ def stamp(path: Path) -> Stamp | None:
     return f"{FORMAT}:{Image.__version__}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 
+def _bytes_of(mark: Stamp) -> int:
+    """The file's size, which is part of its stamp."""
+    return int(mark.split(":")[2])
+
+
 class KnownImages:
     """The facts of settled files in one small database. Every method does nothing once the database has failed."""
 
@@ -70,6 +76,10 @@ class KnownImages:
             self._database = sqlite3.connect(self._file, timeout=2.0)
             self._database.execute("PRAGMA synchronous = OFF")
             self._database.execute("CREATE TABLE IF NOT EXISTS images (path TEXT PRIMARY KEY, stamp TEXT, facts TEXT)")
+            # Beside the facts of decoded pictures: width and height where only the header was read.
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS sizes (path TEXT PRIMARY KEY, stamp TEXT, width INTEGER, height INTEGER)"
+            )
 
     def find(self, stamps: Mapping[Path, Stamp | None]) -> dict[Path, ImageFacts]:
         """The facts of those files that are as they were."""
@@ -95,6 +105,42 @@ class KnownImages:
             if self._database is not None and rows:
                 with self._database:
                     self._database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?)", rows)
+
+    def find_sizes(self, stamps: Mapping[Path, Stamp | None]) -> dict[Path, tuple[int, int, int]]:
+        """(width, height, bytes) of those files that are as they were, however they were looked at before."""
+        wanted = {str(path.absolute()): path for path, mark in stamps.items() if mark is not None}
+        names = list(wanted)
+        found: dict[Path, tuple[int, int, int]] = {}
+        with self._tolerating():
+            for start in range(0, len(names) if self._database is not None else 0, _MOST_ASKED):
+                asked = names[start : start + _MOST_ASKED]
+                marks = ",".join("?" * len(asked))
+                for name, mark, width, height in self._sizes(marks, asked):
+                    if mark == stamps[wanted[name]]:
+                        found[wanted[name]] = (width, height, _bytes_of(mark))
+        return found
+
+    def _sizes(self, marks: str, names: list[str]) -> list[tuple[str, Stamp, int, int]]:
+        if self._database is None:
+            return []
+        sizes = self._database.execute(f"SELECT path, stamp, width, height FROM sizes WHERE path IN ({marks})", names)
+        rows = list(sizes)
+        for name, mark, text in self._database.execute(f"SELECT * FROM images WHERE path IN ({marks})", names):
+            facts = json.loads(text)
+            rows.append((name, mark, facts["width"], facts["height"]))
+        return rows
+
+    def keep_sizes(self, stamps: Mapping[Path, Stamp | None], sizes: Mapping[Path, tuple[int, int, int]]) -> None:
+        """Remember (width, height, bytes) read from headers. `stamps` were taken before the files were read."""
+        rows = [
+            (str(path.absolute()), mark, width, height)
+            for path, (width, height, _) in sizes.items()
+            if (mark := stamps[path]) is not None
+        ]
+        with self._tolerating():
+            if self._database is not None and rows:
+                with self._database:
+                    self._database.executemany("INSERT OR REPLACE INTO sizes VALUES (?, ?, ?, ?)", rows)
 
     def close(self) -> None:
         if self._database is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memfit.specs.check import Distribution
 
@@ -15,9 +16,9 @@ _SCORE, _NORMAL = 3.5, 0.6745
 _LEAST = 2.0
 
 
-def distribution(name: str, values: Sequence[float]) -> Distribution | None:
+def distribution(name: str, values: Sequence[float] | NDArray[np.int64]) -> Distribution | None:
     """Mean, percentiles (nearest rank: each is one of the values), a histogram of equal bins; None without values."""
-    if not values:
+    if len(values) == 0:
         return None
     numbers = np.asarray(values, dtype=np.float64)
     p50, p90, p99 = np.percentile(numbers, (50, 90, 99), method="inverted_cdf")

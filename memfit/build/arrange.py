@@ -1,0 +1,81 @@
+"""What a recipe does to a model, in the one order: loss head -> adapters -> freeze -> dtypes -> checkpointing.
+
+Training, evaluation, the trace and the benchmarks call `arrange`, each on a model that it got in its own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from memfit.build.adapters import add_adapters, base_name, is_adapter
+from memfit.build.checkpointing import checkpointing_modes, set_checkpointing
+from memfit.build.freeze import DTYPES, set_dtypes, set_learning
+from memfit.build.loss import FusedKernel, Loss, liger_kernel, put_head_off
+from memfit.catalog.precisions import PRECISIONS
+from memfit.errors import UserError
+from memfit.families.base import Family
+from memfit.planner.parts import ResolvedParts
+from memfit.specs.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """A model as its recipe wants it, the loss that goes with it, and the layers that are checkpointed, by part."""
+
+    model: nn.Module
+    loss: Loss
+    checkpointed: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Options:
+    """`load` fills weights in once the adapters are there. With `generates` the head always gives logits, for
+    evaluation. `kernel` fetches the fused loss."""
+
+    load: Callable[[nn.Module], None] | None = None
+    generates: bool = False
+    kernel: Callable[[], FusedKernel] = liger_kernel
+
+
+def arrange(
+    model: nn.Module, recipe: Recipe, parts: ResolvedParts, family: Family, options: Options | None = None
+) -> Arranged:
+    """Change `model` in place as an effective recipe says. Raises UserError for levers that this model cannot take."""
+    options = options or Options()
+    lever = "full-logits" if options.generates else str(recipe.levers.loss)
+    adapted_heads = [name for name in parts.lora_modules if family.part_of(name + ".") == "head"]
+    if lever not in ("full-logits", "auto") and adapted_heads:
+        raise UserError(
+            f"levers.loss: {lever} multiplies the head itself, and {adapted_heads[0]} has an adapter",
+            "levers.loss: full-logits, or parts.head: frozen",
+        )
+    loss = put_head_off(model, lever, autocast_dtype(recipe), options.kernel)
+    if parts.lora_modules:
+        # Seeded here: how much chance loading has used up before differs between layouts.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            model = add_adapters(model, recipe.lora, parts.lora_modules)
+    if options.load is not None:
+        options.load(model)
+    set_learning(model, lambda name: is_adapter(name) or base_name(name) in parts.learning)
+    precision = PRECISIONS[str(recipe.levers.precision)]
+    idle = {name for name, _ in model.named_parameters() if base_name(name) in parts.idle}
+    set_dtypes(model, precision.learning, precision.frozen, keep=is_adapter, idle=idle)
+    offload = recipe.levers.activation_offload is True
+    checkpointed = set_checkpointing(model, part_finder(family), checkpointing_modes(recipe), offload)
+    return Arranged(model, loss, checkpointed)
+
+
+def part_finder(family: Family) -> Callable[[str], str]:
+    """Gives the part of a parameter or module name of a model with or without adapters."""
+    return lambda name: family.part_of(base_name(name))
+
+
+def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
+    """The dtype that products run in under autocast; None without autocast."""
+    compute = PRECISIONS[str(recipe.levers.precision)].compute
+    return DTYPES[compute] if recipe.levers.autocast is True else None

@@ -1,0 +1,152 @@
+"""What an engine is told, through transformers' own arguments, and what accelerate must be told besides."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+from memfit.build.checkpointing import wrapped_layers
+from memfit.build.freeze import DTYPES
+from memfit.catalog.precisions import PRECISIONS, ZERO
+from memfit.errors import UserError
+from memfit.specs.plan import Plan
+from memfit.strategies import STRATEGIES
+
+# Keys of the FSDP2 section that TrainingArguments.fsdp_config takes; the others go to accelerate's plugin by hand.
+_FSDP_ARGUMENTS = (
+    "version",
+    "reshard_after_forward",
+    "cpu_offload",
+    "auto_wrap_policy",
+    "cpu_ram_efficient_loading",
+    "state_dict_type",
+    "activation_checkpointing",
+)
+# transformers.models.minicpmv4_{6,7}: `for batch_idx in range(len(target_sizes))` in their forward.
+LOOPING = frozenset({"MiniCPMV4_6Merger", "MiniCPMV4_7Merger"})
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine of a plan. `config` is what it is told; `notes` what memfit had to choose otherwise than planned."""
+
+    name: str
+    config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.name in ZERO
+
+    def arguments(self, plan: Plan) -> dict[str, Any]:
+        """The arguments of TrainingArguments that choose and set the engine."""
+        precision = PRECISIONS[str(plan.recipe.levers.precision)]
+        given: dict[str, Any] = {
+            "bf16": precision.autocast and precision.compute == "bfloat16",
+            "fp16": precision.autocast and precision.compute == "float16",
+        }
+        if self.is_deepspeed:
+            given |= {
+                "deepspeed": dict(self.config),
+                "bf16": precision.learning == "bfloat16",
+                "fp16": precision.learning == "float16",
+            }
+        elif self.name == "fsdp":
+            given |= {"fsdp": True, "fsdp_config": {key: self.config[key] for key in _FSDP_ARGUMENTS}}
+            given |= {"bf16": self.config["param_dtype"] == "bfloat16"}
+        elif self.name == "ddp":
+            given |= {
+                "ddp_find_unused_parameters": self.config["find_unused_parameters"],
+                "ddp_bucket_cap_mb": self.config["bucket_cap_mb"],
+                "ddp_broadcast_buffers": self.config["broadcast_buffers"],
+                "ddp_static_graph": self.config["static_graph"],
+            }
+        return given
+
+    def finish(self, accelerator: Accelerator, model: nn.Module, arguments: Any, learning: Collection[str]) -> None:
+        """Tell accelerate and DeepSpeed what TrainingArguments have no word for. `learning`: the parts that learn."""
+        if self.name == "ddp" and accelerator.ddp_handler is not None:
+            accelerator.ddp_handler.gradient_as_bucket_view = self.config["gradient_as_bucket_view"]
+        if self.name == "fsdp":
+            self._finish_fsdp(accelerator, model, arguments)
+        if self.name == "zero3":
+            from deepspeed.utils import set_z3_leaf_module
+
+            for module in looping(model, learning):
+                set_z3_leaf_module(module, True)
+
+    def _finish_fsdp(self, accelerator: Accelerator, model: nn.Module, arguments: Any) -> None:
+        state = accelerator.state
+        if getattr(state, "fsdp_plugin", None) is None:
+            # On CPU ranks accelerate drops the plugin without a word and trains under DDP
+            # (accelerate.state:AcceleratorState.__init__ lists accelerators only). To go when it takes CPU ranks.
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+        plugin = state.fsdp_plugin
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in wrapped_layers(model)})
+        offloads = self.config["cpu_offload"]
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=self.config["pin_memory"]) if offloads else OffloadPolicy()
+        if self.config["param_dtype"] is not None:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=DTYPES[self.config["param_dtype"]],
+                reduce_dtype=DTYPES[self.config["reduce_dtype"]],
+                cast_forward_inputs=True,
+            )
+
+
+def looping(model: nn.Module, learning: Collection[str]) -> list[nn.Module]:
+    """Modules that call their layers once for every crop; ZeRO-3 must gather each of them whole, at one time.
+
+    Ranks whose pictures have different numbers of crops would else gather these layers a different number of times,
+    and wait for each other for ever. Raises UserError where a backward runs through one of them (`learning`: the parts
+    that learn): DeepSpeed's hooks of a module that it gathers whole see no outputs in a list, as these have.
+    """
+    found = [module for module in model.modules() if type(module).__name__ in LOOPING]
+    if found and {"vision", "connector"} & set(learning):
+        raise UserError(
+            f"levers.parallel: zero3 cannot train the parts around {type(found[0]).__name__}, which runs once a crop",
+            "parts: {vision: frozen, connector: frozen}, or levers.parallel: fsdp or zero2",
+        )
+    return found
+
+
+def engine_of(plan: Plan) -> Engine:
+    """The engine of a plan, its needs met. Raises UserError for a package that is not installed."""
+    name = str(plan.recipe.levers.parallel)
+    config = STRATEGIES[name].engine_config(plan)
+    if name not in ZERO:
+        return Engine(name, config)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"levers.parallel: {name} needs the package deepspeed ({error})",
+            "pip install 'memfit[deepspeed]', or levers.parallel: fsdp",
+        ) from error
+    deepspeed.init_distributed(
+        dist_backend="gloo" if plan.forecast.hardware.gpu is None else "nccl", auto_mpi_discovery=False
+    )
+    if not config["zero_force_ds_cpu_optimizer"]:
+        return Engine(name, config)
+    problem = cpu_adam_problem()
+    if problem is None:
+        return Engine(name, config)
+    note = f"DeepSpeed's CPU Adam cannot be built here ({problem}): torch's AdamW steps in host memory, more slowly"
+    return Engine(name, {**config, "zero_force_ds_cpu_optimizer": False}, (note,))
+
+
+def cpu_adam_problem() -> str | None:
+    """Why DeepSpeed's CPU Adam is not there, or None after it was found or built."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # a compiler's complaint comes as any of several kinds
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    return None

@@ -1,0 +1,43 @@
+"""The processes of one run: who is first, and what they tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import distributed
+
+
+def several() -> bool:
+    """Whether this process belongs to a group, of one rank or more."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    """This process's number; 0 without a group."""
+    return distributed.get_rank() if several() else 0
+
+
+def count() -> int:
+    """How many processes; 1 without a group."""
+    return distributed.get_world_size() if several() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes what all of them share."""
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    if count() > 1:
+        distributed.barrier()
+
+
+def summed(values: Sequence[int], device: torch.device) -> list[int]:
+    """Each number summed over the ranks."""
+    if count() == 1:
+        return list(values)
+    total = torch.tensor(list(values), dtype=torch.int64, device=device)
+    distributed.all_reduce(total)
+    return [int(value) for value in total]

@@ -1,0 +1,64 @@
+"""The upstream facts that engine terms rest on: an upgrade that moves one fails here, with the term's name."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group, _fsdp_state
+from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from memfit.strategies.base import AUTOMATIC
+from memfit.strategies.zero import VALUES
+
+
+def test_fsdp_gathered_and_scatter_input() -> None:
+    """fsdp.gathered: the root keeps its parameters when nothing is said; the collective's buffer lives beside them."""
+    # fully_shard is the implementation wrapped by a contract; its own source says how the root is treated.
+    assert "reshard_after_forward" in inspect.signature(fully_shard).parameters
+    assert "_auto_reshard_after_forward" in inspect.getsource(_fsdp_state)
+    waiting = inspect.getsource(_fsdp_param_group.FSDPParamGroup.wait_for_unshard)
+    assert "all_gather_state" in waiting
+    assert "reduce_scatter_states" in inspect.getsource(_fsdp_param_group.FSDPParamGroup.post_backward)
+    assert "dtype=reduce_dtype" in inspect.getsource(_fsdp_collectives.foreach_reduce)
+
+
+def test_ddp_gradient_copies() -> None:
+    assert inspect.signature(DistributedDataParallel).parameters["gradient_as_bucket_view"].default is False
+
+
+def test_transformers_automatic_values() -> None:
+    """zero*.reduce_bucket under "auto" and its two companions."""
+    text = inspect.getsource(HfTrainerDeepSpeedConfig.trainer_config_finalize)
+    for key, formula in (
+        ("reduce_bucket_size", "hidden_size * hidden_size"),
+        ("stage3_prefetch_bucket_size", "int(0.9 * hidden_size * hidden_size)"),
+        ("stage3_param_persistence_threshold", "10 * hidden_size"),
+    ):
+        assert formula in text, key
+        assert AUTOMATIC[key](100) == eval(formula, {"hidden_size": 100})
+
+
+def test_deepspeed_defaults() -> None:
+    """Every value that memfit takes where the recipe says nothing is DeepSpeed's own, overlap_comm aside."""
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    found = config.DeepSpeedZeroConfig(stage=3)
+    for key, value in VALUES.items():
+        if key != "overlap_comm":
+            assert getattr(found, key.removeprefix("stage3_")) == value, key
+
+
+def test_deepspeed_buffers() -> None:
+    """zero2.reduce_bucket, zero3.reduce_bucket, zero3.gathered, zero2.offload_*: where the source makes them."""
+    stage2 = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer
+    stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3").DeepSpeedZeroOptimizer_Stage3
+    coordinator = pytest.importorskip("deepspeed.runtime.zero.partitioned_param_coordinator")
+    assert "torch.empty(int(self.reduce_bucket_size)" in inspect.getsource(stage2.setup_buckets)
+    assert "self.nccl_start_alignment_factor = 2" in inspect.getsource(stage2)
+    assert "param_buffer_of_bit16_for_cpu_offload_groups" in inspect.getsource(stage2)
+    assert "grad_partitions_flat_buffer" in inspect.getsource(stage3)
+    assert "self.flatten(self.averaged_gradients" in inspect.getsource(stage3)
+    fetch = inspect.getsource(coordinator.PartitionedParameterCoordinator)
+    assert "self.__max_n_available_params - self.__n_available_params" in fetch
