@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 FOR_TESTS := $(VENV)/.installed-for-tests
 
 .DEFAULT_GOAL := help
-.PHONY: help deps demo demo-seeds base test test-long check format schema pictures clean
+.PHONY: help deps demo demo-seeds base test ops test-long check format schema pictures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,9 +36,12 @@ base: $(INSTALLED) ## train the demo's embedded base model again from nothing
 	@$(BIN)/python demo/base.py
 
 test: $(FOR_TESTS) ## run the tests (under 12 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q -m "not long and not gpu"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long and not gpu"
 
-test-long: $(FOR_TESTS) ## run all tests, the long ones included
+ops: $(FOR_TESTS) ## compile DeepSpeed's two operators for CPU ranks (some minutes, once; tests of ZeRO are skipped without)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder as Comm; CPUAdamBuilder().load(); Comm().load()"
+
+test-long: ops ## run all tests, the long ones included
 	@$(BIN)/python -m pytest -q
 
 check: $(FOR_TESTS) ## format, lint, types and the tests that need no torch (under a minute)

@@ -93,6 +93,8 @@ def _built(cell: Cell, work: Path) -> Built:
         reduce_bucket=0,
         # 16-bit weights and fp32 copies that the engine makes: to build, it is pure-bf16.
         precision="pure-bf16" if engine_only else cell.precision,
+        # memfit's build gives adapters the engine's dtype; ZeRO in fp32 would leave 16-bit ones as they are.
+        lora_dtype="fp32" if cell.parallel.startswith("zero") and cell.precision == "fp32" else cell.lora_dtype,
     )
     prepared = prepared_of(alone, work)
     built = build(prepared.plan(), Materials(require_weights(prepared.source), prepared.family, prepared.profile))

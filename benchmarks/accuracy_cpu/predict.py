@@ -11,6 +11,7 @@ from benchmarks.accuracy_cpu.grid import Cell
 from benchmarks.accuracy_cpu.runs import prepared_of, rows_of, samples_of
 from memfit.errors import UserError
 from memfit.planner.activations import device_bytes, peak_of
+from memfit.planner.interval import interval_of
 from memfit.specs.ledger import Term
 from memfit.specs.plan import Forecast
 from memfit.specs.trace import TRACED_PHASES
@@ -72,8 +73,16 @@ def _read(forecast: Forecast) -> Predicted:
         buffers=_buffers(forecast, peak[0]) // ranks,
         total=peak[1] // ranks,
         phases={phase: sizes[phase] // ranks for phase in (*TRACED_PHASES, "step")},
+        interval=_interval(forecast, peak[0]),
         missing=ledger.missing,
     )
+
+
+def _interval(forecast: Forecast, phase: str) -> tuple[int, int]:
+    """The 90% interval of one rank's peak: by the terms alive then, what the process itself takes left out."""
+    alive = [term for term in forecast.ledger.at("host") if phase in term.alive and not term.id.startswith("host.")]
+    found, ranks = interval_of(alive, here=True), forecast.hardware.ranks
+    return found.low_bytes // ranks, found.high_bytes // ranks
 
 
 def _states(forecast: Forecast) -> dict[str, int]:

@@ -5,6 +5,7 @@ Training, evaluation, the trace and the benchmarks call `arrange`, each on a mod
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,11 +16,13 @@ from memfit.build.adapters import add_adapters, base_name, is_adapter
 from memfit.build.checkpointing import checkpointing_modes, set_checkpointing
 from memfit.build.freeze import DTYPES, set_dtypes, set_learning
 from memfit.build.loss import FusedKernel, Loss, liger_kernel, put_head_off
-from memfit.catalog.precisions import PRECISIONS
+from memfit.catalog.precisions import PRECISIONS, precision_under
 from memfit.errors import UserError
 from memfit.families.base import Family
+from memfit.planner.counting import LORA_DTYPES
 from memfit.planner.parts import ResolvedParts
-from memfit.specs.recipe import Recipe
+from memfit.specs.recipe import Lora, Recipe
+from memfit.strategies import STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def arrange(
         # Seeded here: how much chance loading has used up before differs between layouts.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            model = add_adapters(model, recipe.lora, parts.lora_modules)
+            model = add_adapters(model, _as_the_engine_has_them(recipe), parts.lora_modules)
     if options.load is not None:
         options.load(model)
     set_learning(model, lambda name: is_adapter(name) or base_name(name) in parts.learning)
@@ -68,6 +71,19 @@ def arrange(
     offload = recipe.levers.activation_offload is True
     checkpointed = set_checkpointing(model, part_finder(family), checkpointing_modes(recipe), offload)
     return Arranged(model, loss, checkpointed)
+
+
+def _as_the_engine_has_them(recipe: Recipe) -> Lora:
+    """The adapters in the dtype that they have under the recipe's engine.
+
+    Most engines cast them by themselves; ZeRO in fp32 would leave 16-bit ones as they are, beside fp32 master weights.
+    """
+    strategy, name = STRATEGIES[recipe.levers.parallel], str(recipe.levers.precision)
+    if name not in strategy.casts_adapters:
+        return recipe.lora
+    learning = precision_under(name, strategy.name).learning
+    short = next(short for short, full in LORA_DTYPES.items() if full == learning)
+    return dataclasses.replace(recipe.lora, dtype=short)  # type: ignore[arg-type]
 
 
 def part_finder(family: Family) -> Callable[[str], str]:

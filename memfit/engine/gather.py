@@ -20,17 +20,18 @@ def whole_state(
     `wanted` chooses by name; `dtype` casts floating tensors as they come. Where nothing is split the tensors are the
     model's own, not copies. Tied weights stay one tensor.
     """
-    seen: dict[int, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor | None] = {}  # on every rank: a tied tensor that one rank gathers twice is a hang
     state = {}
     for name, tensor in _named(model):
         if not wanted(name):
             continue
         if id(tensor) not in seen:
             whole = _whole(tensor)
-            if whole is None:
-                continue
-            seen[id(tensor)] = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
-        state[name] = seen[id(tensor)]
+            cast = whole is not None and dtype is not None and whole.is_floating_point()
+            seen[id(tensor)] = whole.to(dtype) if whole is not None and cast else whole
+        found = seen[id(tensor)]
+        if found is not None:
+            state[name] = found
     return state
 
 

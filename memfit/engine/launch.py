@@ -72,8 +72,9 @@ def start(words: Sequence[str], ranks: int, logs: Path) -> None:
 def explained(logs: Path, error: ChildFailedError) -> Exception:
     """The error of the rank that failed first: the others usually only miss it."""
     told = sorted((_failure(path) for path in logs.glob("rank-*.failed.json")), key=lambda failure: failure["time"])
-    if not told:
-        rank, failure = error.get_first_failure()
+    rank, failure = error.get_first_failure()
+    silent = failure.exitcode < 0 and str(rank) not in {other["rank"] for other in told}
+    if not told or (silent and not told[0]["known"]):
         how = f"by {failure.signal_name()}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"
         killed = failure.exitcode == -signal.SIGKILL
         return RunFailed(

@@ -218,7 +218,7 @@ def _interval(forecast: Forecast) -> Interval | None:
         return None
     places = {place, "allocator", "context", "comm"} if forecast.hardware.gpu else {place}
     alive = [term for term in forecast.ledger.terms if term.place in places and peak[0] in term.alive]
-    return interval_of([term for term in alive if term.part != PROCESS_PART])
+    return interval_of([term for term in alive if term.part != PROCESS_PART], here=forecast.hardware.gpu is None)
 
 
 def _with_verdict(forecast: Forecast) -> Forecast:

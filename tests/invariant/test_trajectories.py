@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from memfit.testing import make_dummy, make_samples
+from tests.invariant.ready import deepspeed_is_ready
 from tests.invariant.trajectories import (
     Case,
     Common,
@@ -22,8 +22,9 @@ from tests.invariant.trajectories import (
     worst_weight,
 )
 
-HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+HAS_DEEPSPEED = deepspeed_is_ready()
 LOSS, GRADIENT, WEIGHT = 1e-5, 1e-4, 1e-4  # the largest relative difference of a step, a step, a saved tensor
+COUNTERS = 2 * 10 * 4  # two ranks, five parts with and without decay, 4 bytes each
 COMMON = (
     "data.eval=0",
     "levers.precision=fp32",
@@ -73,10 +74,15 @@ def check(alone: Outcome, outcomes: dict[str, Outcome]) -> None:
 
 
 def check_states(found: Outcome) -> None:
-    """What the ranks held is what the ledger says of them, to the byte."""
+    """What the ranks held is what the ledger says of them, to the byte; step counters of the optimizer excepted.
+
+    Under ZeRO torch's AdamW keeps one for each of its groups, part by part, and the ledger one in all.
+    """
     live, forecast = live_states(found.folder), forecast_states(found.folder)
     assert {"weights", "optimizer", "master"} <= live.keys()
-    assert live == {kind: forecast.get(kind, 0) for kind in live}, found.folder.name
+    for kind, value in live.items():
+        counters = COUNTERS if kind == "optimizer" else 0
+        assert abs(value - forecast.get(kind, 0)) <= counters, f"{found.folder.name}: {kind}"
 
 
 def gaps(one: Outcome, other: Outcome) -> tuple[float, float]:

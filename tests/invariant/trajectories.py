@@ -116,7 +116,7 @@ def forecast_states(folder: Path) -> dict[str, int]:
     forecast = json.loads((folder / "plan.json").read_text())["forecast"]
     sums: dict[str, int] = {}
     for term in forecast["host"]["terms"]:
-        kind = term["id"].split(".")[0]
+        kind = term["id"].removeprefix("adapter.").split(".")[0]
         sums[kind] = sums.get(kind, 0) + term["bytes"]
     return sums
 

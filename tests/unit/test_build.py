@@ -9,13 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from memfit.build.adapters import is_adapter
+from memfit.build.arrange import arrange
 from memfit.build.build import Built, Materials, build
 from memfit.build.data import SampleDataset
+from memfit.build.load import empty_model
 from memfit.build.loss import causal_loss
 from memfit.errors import UserError
 from memfit.inputs.data.load import load_samples
 from memfit.inputs.data.options import check_options
 from memfit.inputs.recipe_file import override
+from memfit.planner.parts import resolve_parts
 from memfit.specs.recipe import Recipe
 from memfit.specs.sample import Sample
 from memfit.trace.prepare import prepare
@@ -161,6 +165,29 @@ def test_precisions_are_those_of_the_row(recipe: Make) -> None:
         ("language", torch.float32),
     }
     assert built.autocast is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("parallel", "precision", "wanted"),
+    [
+        ("none", "fp32", torch.bfloat16),
+        ("zero3", "fp32", torch.float32),
+        ("zero2", "bf16-mixed", torch.bfloat16),
+        ("fsdp", "bf16-mixed", torch.float32),
+    ],
+)
+def test_adapters_have_the_dtype_that_the_forecast_counts(
+    recipe: Make, parallel: str, precision: str, wanted: torch.dtype
+) -> None:
+    """lora.dtype alone; under an engine that casts adapters, what it makes of them (ZeRO in fp32 casts nothing)."""
+    dtype = "bf16" if precision == "fp32" else "fp32"
+    hardware = "hardware.gpus=1xcpu" if parallel == "none" else "hardware.gpus=2xcpu"
+    sets = ("method=lora", f"lora.dtype={dtype}", f"levers.parallel={parallel}", f"levers.precision={precision}")
+    found = prepare(recipe("minicpmv4_6", *sets, hardware, "batch=4"))
+    effective = found.plan().recipe
+    parts = resolve_parts(effective, found.family, found.profile)
+    model = arrange(empty_model(found.family, found.source.config), effective, parts, found.family).model
+    assert {p.dtype for name, p in model.named_parameters() if is_adapter(name)} == {wanted}
 
 
 def test_missing_or_foreign_weights_stop_the_build(

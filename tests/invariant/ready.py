@@ -1,0 +1,23 @@
+"""Whether DeepSpeed can run here without compiling for minutes first."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+OPERATORS = ("cpu_adam", "deepspeed_shm_comm")
+
+
+def deepspeed_is_ready() -> bool:
+    """DeepSpeed is installed and `make ops` (or a run) has compiled its operators, where torch looks for them.
+
+    Source: torch.utils.cpp_extension:_get_build_directory (TORCH_EXTENSIONS_DIR, else a folder a Python and device).
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        return False
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    version = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+    root = Path(own) if own else Path.home() / ".cache" / "torch_extensions" / version
+    return all((root / name / f"{name}.so").exists() for name in OPERATORS)
