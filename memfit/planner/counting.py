@@ -180,7 +180,7 @@ class Counting:
         if kind in self.site.homes:
             return []
         if kind == "weights":
-            frozen = int(DTYPE_BYTES[self.precision.frozen])
+            frozen = self.frozen_width
             sizes = [
                 numel([shape]) * self.width(role)
                 for role, rows in roles_of(group)
@@ -283,6 +283,15 @@ class Counting:
         """Bytes of an element of the gradients: offloaded ones are kept as the optimizer steps them."""
         return self.stepped_width(role) if "gradients" in self.site.homes else self.width(role)
 
+    @property
+    def frozen_width(self) -> int:
+        """Bytes of an element that does not learn and is not packed.
+
+        Source: peft.utils.other:prepare_model_for_kbit_training, which `lora.kbit_upcast` stands for.
+        """
+        widened = self.quant is not None and self.recipe.lora.kbit_upcast
+        return 4 if widened else int(DTYPE_BYTES[self.precision.frozen])
+
     def stepped_width(self, role: str) -> int:
         return int(DTYPE_BYTES[self.precision.master]) if self.precision.master else self.width(role)
 
@@ -302,7 +311,7 @@ class Counting:
             part=part,
             role=role,
             frozen=numel(self.local(shapes(frozen), layout.split_parameters)),
-            frozen_width=int(DTYPE_BYTES[self.precision.frozen]),
+            frozen_width=self.frozen_width,
             packed=sum(packed_bytes(numel([s])) for s in self.local(shapes(quantised), layout.split_parameters)),
             learning=numel(self.local(learns, layout.split_parameters)),
             width=self.width(role),

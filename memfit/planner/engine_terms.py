@@ -31,7 +31,7 @@ def whole_rows(counting: Counting) -> Iterator[tuple[ParameterRow, int, bool]]:
         for role, rows in roles_of(group):
             for row in rows:
                 yield row, gathered_width(counting, role), True
-        frozen = int(DTYPE_BYTES[counting.precision.frozen])
+        frozen = counting.frozen_width
         for row in group.frozen:
             yield row, frozen, False
         for row in group.idle:
@@ -206,7 +206,7 @@ def _own_sizes(counting: Counting) -> list[int]:
             sizes += 2 * [
                 numel([s]) * counting.width(role) for s in counting.local(shapes(rows), counting.hardware.ranks)
             ]
-        frozen = int(DTYPE_BYTES[counting.precision.frozen])
+        frozen = counting.frozen_width
         for rows, width in ((group.frozen, frozen), (group.idle, counting.width(""))):
             sizes += [numel([s]) * width for s in counting.local(shapes(rows), counting.hardware.ranks)]
     return sizes

@@ -105,6 +105,13 @@ def test_qlora_blocks() -> None:
     assert terms["weights.vision"] == 2 * 144
 
 
+def test_kbit_upcast_widens_what_is_not_packed() -> None:
+    """PEFT's preparation makes fp32 of embeddings, norms and the whole vision tower; packed weights stay."""
+    terms = by_id(estimate("1xRTX3090", method="qlora", lora=Lora(rank=3, kbit_upcast=True)))
+    assert terms["weights.language"] == 2 * 128 + 4 * (2144 - 512)
+    assert terms["weights.vision"] == 4 * 144
+
+
 def test_ddp_holds_the_gradients_twice() -> None:
     forecast = estimate("2xRTX3090")
     kinds = by_kind(forecast)
