@@ -197,7 +197,7 @@ class Counting:
         role = slot[1]
         local = self.local(shapes(rows), self.layout.split_optimizer)
         if kind == "master":
-            return [numel([shape]) * self.stepped_width(role) for shape in local] if self.has_master(role) else []
+            return [numel([shape]) * self.stepped_width(role) for shape in local] if self.has_master else []
         kinds = [row.kind for row in rows] if len(rows) == len(local) else ["flat"] * len(local)
         moments, sizes = max(1, self.optimizer.moments), []
         for shape, name in zip(local, kinds, strict=True):
@@ -216,7 +216,7 @@ class Counting:
 
     def whole_optimizer(self, role: str, rows: Sequence[ParameterRow]) -> list[int]:
         """Bytes of the optimizer's states and master copy of each tensor, unsplit."""
-        width, master = self.stepped_width(role), self.stepped_width(role) if self.has_master(role) else 0
+        width, master = self.stepped_width(role), self.stepped_width(role) if self.has_master else 0
         return [state_bytes(self.optimizer, row.shape, width, row.kind) + row.numel * master for row in rows]
 
     def foreach_elements(self) -> list[tuple[int, int, str]]:
@@ -273,11 +273,14 @@ class Counting:
         name = LORA_DTYPES[self.recipe.lora.dtype] if own else self.precision.learning
         return int(DTYPE_BYTES[name])
 
-    def has_master(self, role: str) -> bool:
-        """Whether the optimizer steps a copy of the weights."""
-        master = self.precision.master
-        same = master is not None and int(DTYPE_BYTES[master]) == self.width(role)
-        return master is not None and (self.layout.clones_equal_master or not same)
+    @property
+    def has_master(self) -> bool:
+        """Whether the optimizer steps a copy of the weights.
+
+        ZeRO-3 means to save the copy where the weights have its dtype and device already, and compares a torch.device with
+        a name, which is never equal (DeepSpeed 0.19.8, stage3:_create_fp32_partitions): there is a copy always.
+        """
+        return self.precision.master is not None
 
     def gradient_width(self, role: str) -> int:
         """Bytes of an element of the gradients: offloaded ones are kept as the optimizer steps them."""
@@ -320,7 +323,7 @@ class Counting:
             gradient_width=self.gradient_width(role),
             gradient_copies=layout.gradient_copies * numel(self.local(learns, layout.split_gradient_copies))
             + (whole if layout.whole_at_edges == "gradient_copies" else 0),
-            master=numel(stepped) if self.has_master(role) else 0,
+            master=numel(stepped) if self.has_master else 0,
             master_width=int(DTYPE_BYTES[self.precision.master]) if self.precision.master else 0,
             **optimizer,
         )

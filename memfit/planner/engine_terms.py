@@ -93,7 +93,7 @@ def _load(counting: Counting) -> Iterator[Term]:
 
 def _copied(counting: Counting, role: str) -> int:
     on_device = "master" not in counting.site.homes
-    return counting.stepped_width(role) if on_device and counting.has_master(role) else 0
+    return counting.stepped_width(role) if on_device and counting.has_master else 0
 
 
 def _step(counting: Counting) -> Iterator[Term]:

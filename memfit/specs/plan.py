@@ -60,9 +60,8 @@ class Layout:
     (the first dimension of each); the worst rank holds the larger share. `gradient_copies` more copies of the gradients
     exist, each split `split_gradient_copies` ways. `resident` names what is allocated once and stays, among "gradients"
     and "gradient copies". `home_parameters`, `home_optimizer`: gpu, host or nvme; `pinned`: page-locked in host memory.
-    `gradients_end`: the last phase in which gradients are alive. `clones_equal_master`: weights are copied for the
-    optimizer even where the copy has their own dtype. `whole_at_edges`: "gradients" or "gradient_copies" whose share
-    holds tensors that two ranks share as a whole. `engine`: what exists beside states. `source` is
+    `gradients_end`: the last phase in which gradients are alive. `whole_at_edges`: "gradients" or "gradient_copies"
+    whose share holds tensors that two ranks share as a whole. `engine`: what exists beside states. `source` is
     upstream's `module:qualname`.
     """
 
@@ -78,7 +77,6 @@ class Layout:
     resident: tuple[str, ...] = ()
     engine: EngineNumbers = ALONE
     gradients_end: str = "step"
-    clones_equal_master: bool = True
     whole_at_edges: str = ""
     pinned: bool = False
     source: str = ""

@@ -94,9 +94,6 @@ def layout_3(request: Request) -> Layout:
         split_optimizer=request.ranks,
         split_unit="tensor",
         resident=("gradients",),
-        # The flat partitions are stepped themselves where they have the master's dtype and place (stage3:
-        # _create_fp32_partitions).
-        clones_equal_master=request.offload != "none",
         engine=engine,
         home_parameters=request.home_parameters,
         home_optimizer=request.home_optimizer,

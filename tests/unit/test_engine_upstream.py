@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group, _fsdp_state
 from torch.nn.parallel import DistributedDataParallel
@@ -62,3 +63,11 @@ def test_deepspeed_buffers() -> None:
     assert "self.flatten(self.averaged_gradients" in inspect.getsource(stage3)
     fetch = inspect.getsource(coordinator.PartitionedParameterCoordinator)
     assert "self.__max_n_available_params - self.__n_available_params" in fetch
+
+
+def test_deepspeed_copies_weights_that_have_the_masters_dtype_already() -> None:
+    """`Counting.has_master`: the way around the copy compares a device with a name, which torch says is never equal."""
+    stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3").DeepSpeedZeroOptimizer_Stage3
+    assert "self.fp16_partitioned_groups_flat[i].device == self.device" in inspect.getsource(stage3)
+    assert "self.device = get_accelerator().current_device_name()" in inspect.getsource(stage3)
+    assert torch.zeros(1).device != "cpu"
