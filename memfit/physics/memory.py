@@ -91,6 +91,7 @@ class PartStates:
     packed: Any = 0
     learning: Any = 0
     idle: Any = 0
+    idle_width: int = 0
     width: int = 0
     gradients: Any = 0
     gradient_width: Any = None
@@ -108,7 +109,10 @@ class PartStates:
     def bytes(self) -> dict[str, Any]:
         """Bytes of each kind of state on one rank."""
         return {
-            "weights": self.packed + self.frozen * self.frozen_width + (self.learning + self.idle) * self.width,
+            "weights": self.packed
+            + self.frozen * self.frozen_width
+            + self.idle * self.idle_width
+            + self.learning * self.width,
             "gradients": self.gradients * self._gradient_width,
             "gradient_copies": self.gradient_copies * self.width,
             "master": self.master * self.master_width,
@@ -202,7 +206,7 @@ def _formula(kind: str, states: PartStates) -> str:
             f"{states.packed:,} B of 4-bit weights" if states.packed else "",
             f"{states.frozen:,} frozen x {states.frozen_width} B" if states.frozen else "",
             f"{states.learning:,} that learn x {states.width} B" if states.learning else "",
-            f"{states.idle:,} without a gradient x {states.width} B" if states.idle else "",
+            f"{states.idle:,} without a gradient x {states.idle_width} B" if states.idle else "",
         ]
         return " + ".join(filter(None, pieces))
     if kind == "gradients":

@@ -8,7 +8,7 @@ from typing import Any
 
 from memfit.catalog.methods import METHODS, QuantRow
 from memfit.catalog.optimizers import OPTIMIZERS, OptimizerRow, is_paged, state_bytes, state_rule_text
-from memfit.catalog.precisions import PrecisionRow, precision_under
+from memfit.catalog.precisions import PRECISIONS, PrecisionRow, precision_under
 from memfit.physics.memory import (
     ALWAYS,
     PartStates,
@@ -166,6 +166,7 @@ class Counting:
             dataclasses.replace(
                 self._states(group.part, "", group.learning, group.frozen, group.quantised),
                 idle=numel(self.local(shapes(group.idle), self.layout.split_parameters)),
+                idle_width=self.idle_width,
             ),
             self._states(group.part, "adapter", group.adapters),
             self._states(group.part, "saved", group.saved),
@@ -186,7 +187,7 @@ class Counting:
                 for role, rows in roles_of(group)
                 for shape in self.local(shapes(rows), layout.split_parameters)
             ]
-            for rows, width in ((group.frozen, frozen), (group.idle, self.width(""))):
+            for rows, width in ((group.frozen, frozen), (group.idle, self.idle_width)):
                 sizes += [numel([shape]) * width for shape in self.local(shapes(rows), layout.split_parameters)]
             return sizes + [
                 packed_bytes(numel([shape])) for shape in self.local(shapes(group.quantised), layout.split_parameters)
@@ -277,14 +278,19 @@ class Counting:
     def has_master(self) -> bool:
         """Whether the optimizer steps a copy of the weights.
 
-        ZeRO-3 means to save the copy where the weights have its dtype and device already, and compares a torch.device with
-        a name, which is never equal (DeepSpeed 0.19.8, stage3:_create_fp32_partitions): there is a copy always.
+        ZeRO-3 means to save the copy where the weights have its dtype and device already, but compares a torch.device
+        with a name, which is never equal (DeepSpeed 0.19.8, stage3:_create_fp32_partitions): there is a copy always.
         """
         return self.precision.master is not None
 
     def gradient_width(self, role: str) -> int:
         """Bytes of an element of the gradients: offloaded ones are kept as the optimizer steps them."""
         return self.stepped_width(role) if "gradients" in self.site.homes else self.width(role)
+
+    @property
+    def idle_width(self) -> int:
+        """Bytes of an element that learns nothing among those that do: as built, engines widen what learns only."""
+        return int(DTYPE_BYTES[PRECISIONS[self.precision.name].learning])
 
     @property
     def frozen_width(self) -> int:

@@ -35,7 +35,7 @@ def whole_rows(counting: Counting) -> Iterator[tuple[ParameterRow, int, bool]]:
         for row in group.frozen:
             yield row, frozen, False
         for row in group.idle:
-            yield row, gathered_width(counting, ""), False
+            yield row, counting.idle_width, False
         for row in group.quantised:
             yield row, 0, False
 
@@ -207,7 +207,7 @@ def _own_sizes(counting: Counting) -> list[int]:
                 numel([s]) * counting.width(role) for s in counting.local(shapes(rows), counting.hardware.ranks)
             ]
         frozen = counting.frozen_width
-        for rows, width in ((group.frozen, frozen), (group.idle, counting.width(""))):
+        for rows, width in ((group.frozen, frozen), (group.idle, counting.idle_width)):
             sizes += [numel([s]) * width for s in counting.local(shapes(rows), counting.hardware.ranks)]
     return sizes
 

@@ -173,7 +173,7 @@ def _unpacked(counting: Counting, group: PartGroup) -> int:
     """Bytes of what does not learn in a part, before anything is packed."""
     frozen = numel(shapes(group.frozen)) * counting.frozen_width
     frozen += numel(shapes(group.quantised)) * int(DTYPE_BYTES[counting.precision.frozen])
-    return frozen + numel(shapes(group.idle)) * counting.width("")
+    return frozen + numel(shapes(group.idle)) * counting.idle_width
 
 
 def _saving(counting: Counting) -> Iterator[Term]:

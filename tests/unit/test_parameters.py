@@ -371,3 +371,15 @@ def test_foreach_holds_one_copy_of_the_second_moments() -> None:
     with Watch():
         optimizer.step()
     assert live["peak"] == 3 * size * 4
+
+
+def test_what_gets_no_gradient_keeps_the_dtype_it_was_built_in(dummies: Any) -> None:
+    """FSDP2 widens what learns to fp32; LLaVA's last vision block, which the loss never reaches, stays 16 bit."""
+    _config, family, profile = dummies["llava"]
+    recipe = Recipe(model="m", levers=Levers(parallel="fsdp", precision="bf16-mixed"))
+    forecast = estimate_states(recipe, profile, family, parse_hardware("2xA100-80G"))
+    vision = [row for row in profile.parameters if row.part == "vision"]
+    halves = [(-(-row.shape[0] // 2) * row.numel // row.shape[0], 4 if row.reached else 2) for row in vision]
+    assert {row.reached for row in vision} == {True, False}
+    term = next(term for term in forecast.ledger.terms if term.id == "weights.vision")
+    assert term.bytes == sum(count * width for count, width in halves)
