@@ -33,9 +33,9 @@ WIDTHS: dict[str, Width] = {
         "a trace differs from the profiler by 0.1% on the same device; kernels of another may differ by more",
     ),
     "traced-here": Width(
-        0.0003,
-        0.0003,
-        "of the device that traces: calibrated on the grid of benchmarks/accuracy_cpu, nine in ten are closer",
+        0.0005,
+        0.0005,
+        "of the device that traces: calibrated on two grids of benchmarks/accuracy_cpu, nine in ten are closer",
     ),
     "engine": Width(0.10, 0.10, "follows upstream's source; order and overlap of collectives vary between runs"),
     "allocator": Width(
