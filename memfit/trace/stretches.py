@@ -14,14 +14,14 @@ from memfit.trace.summary import INPUT, Where
 def stretches(events: Iterable[Event], locate: Callable[[str], Where]) -> tuple[Stretch, ...]:
     """The stretches of a step, in order. `locate` gives the part and block of a path."""
     events = list(events)
-    cutter = _Cutter(_kept(events), locate)
+    cutter = _Cutter(kept_for_backward(events), locate)
     for at, event in enumerate(events):
         cutter.take(at, event)
     cutter.close()
     return tuple(cutter.rows)
 
 
-def _kept(events: Iterable[Event]) -> set[int]:
+def kept_for_backward(events: Iterable[Event]) -> set[int]:
     """Storages alive when backward begins."""
     alive: set[int] = set()
     for event in events:

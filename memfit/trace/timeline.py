@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from memfit.specs.trace import Event, Moment
+from memfit.trace.stretches import kept_for_backward
 from memfit.trace.summary import INPUT
 
 WINDOWS = 160  # per traced step; of each window the highest and the lowest moment are kept
@@ -28,7 +29,7 @@ def thinned(events: Sequence[Event], windows: int = WINDOWS) -> tuple[Moment, ..
 def _moments(events: Iterable[Event]) -> Iterator[Moment]:
     """What is alive after each event. What autograd keeps is what is alive when backward begins."""
     events = list(events)
-    saved = _kept_for_backward(events)
+    saved = kept_for_backward(events)
     now = dict.fromkeys(("inputs", "saved", "transient", "gradients"), 0)
     alive: dict[int, tuple[int, str]] = {}
     for at, event in enumerate(events):
@@ -45,15 +46,3 @@ def _moments(events: Iterable[Event]) -> Iterator[Moment]:
             now["gradients"] += size
             alive[event.storage] = (size, "gradients")
         yield Moment(at, event.phase, **now)
-
-
-def _kept_for_backward(events: Iterable[Event]) -> set[int]:
-    alive: set[int] = set()
-    for event in events:
-        if event.kind == "alloc":
-            alive.add(event.storage)
-        elif event.kind in ("free", "gradient"):
-            alive.discard(event.storage)
-        elif event.kind == "phase" and event.phase == "backward":
-            break
-    return alive
