@@ -41,8 +41,9 @@ test: $(FOR_TESTS) ## run the tests (under 12 minutes on 2 cores)
 ops: $(FOR_TESTS) ## compile DeepSpeed's two operators for CPU ranks (some minutes, once; tests of ZeRO are skipped without)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder as Comm; CPUAdamBuilder().load(); Comm().load()"
 
-test-long: ops ## run all tests, the long ones included
-	@$(BIN)/python -m pytest -q
+test-long: ops ## run all tests, the long ones included; docs/measured/invariants.md tells of the layouts
+	@$(BIN)/python -m pytest -q --ignore tests/invariant
+	@$(BIN)/python -m tests.invariant.matrix
 
 check: $(FOR_TESTS) ## format, lint, types and the tests that need no torch (under a minute)
 	@$(BIN)/ruff format --check .

@@ -1,7 +1,8 @@
 """memfit: memory-aware fine-tuning for multimodal language models.
 
-`memfit.estimate`, `memfit.check`, `memfit.train`, `memfit.evaluate` and `memfit.report` do what the commands of the
-same names do. Importing memfit does nothing else: torch is loaded only by what needs it.
+`memfit.estimate`, `memfit.plan`, `memfit.check`, `memfit.train`, `memfit.evaluate`, `memfit.report`, `memfit.export`
+and `memfit.doctor` do what the commands of the same names do. Importing memfit does nothing else: torch is loaded only
+by what needs it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,39 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memfit.api import check, compare, estimate, evaluate, gpus, plot, read_recipe, report, train
+    from memfit.api import (
+        check,
+        check_deepspeed,
+        compare,
+        doctor,
+        estimate,
+        evaluate,
+        export,
+        gpus,
+        plan,
+        plot,
+        read_recipe,
+        report,
+        train,
+    )
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "check", "compare", "estimate", "evaluate", "gpus", "plot", "read_recipe", "report", "train"]
+__all__ = [
+    "__version__",
+    "check",
+    "check_deepspeed",
+    "compare",
+    "doctor",
+    "estimate",
+    "evaluate",
+    "export",
+    "gpus",
+    "plan",
+    "plot",
+    "read_recipe",
+    "report",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ import typer
 
 from memfit import __version__
 from memfit.errors import MemfitError
+from memfit.trace.collection import one_answer
 
 app = typer.Typer(
     name="memfit",
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Memory-aware fine-tuning for multimodal language models: forecast, check, train, evaluate, report.",
+    help="Memory-aware fine-tuning for multimodal language models: forecast, plan, check, train, evaluate, report.",
     epilog="Exit codes: 0 done; 1 user error; 2 bad command line; 3 does not fit; 5 run failed.",
 )
 
@@ -98,6 +99,36 @@ def estimate(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    gpus: GpusOption = None,
+    host_memory: HostOption = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the plan is written.")] = Path("plan.json"),
+    as_json: JsonOption = False,
+) -> None:
+    """Search every lever left auto: the fastest set-up that fits, its reasons, and what was refused by how much."""
+    from memfit import api
+    from memfit.inputs.plan_file import may_write_plan
+    from memfit.inputs.run_folder import write_json
+    from memfit.planner.answer import result_json
+    from memfit.planner.plan_text import plan_text
+
+    may_write_plan(out)
+    found = api.plan(recipe, sets=_sets(set_, gpus, host_memory), model=model, say=_say)
+    values = result_json(found)
+    write_json(out, values)
+    if as_json:
+        _print_json(values)
+    else:
+        print(plan_text(found))
+        _say(f"written: {out}" + (f"; memfit train {out} runs it" if found.chosen else ""))
+    if found.chosen is None:
+        raise typer.Exit(3)
+
+
+@app.command()
 def check(
     recipe: RecipeArgument = None,
     set_: SetOption = None,
@@ -106,12 +137,20 @@ def check(
         Path | None,
         typer.Option("--quarantine", metavar="FOLDER", help="Folder for the lists of broken rows (JSON lines)."),
     ] = None,
+    deepspeed: Annotated[
+        Path | None,
+        typer.Option("--deepspeed", metavar="FILE", help="Check this DeepSpeed file instead; with a recipe, price it."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Scan the data: broken rows with their reasons, quality, leaks, tokens and crops, the worst sample."""
     from memfit import api
     from memfit.inputs.data.check_text import report_lines
 
+    if deepspeed is not None:
+        found = api.check_deepspeed(deepspeed, recipe, sets=_sets(set_), model=model)
+        _print_json(found.to_json()) if as_json else print(found.text())
+        raise typer.Exit(1 if found.verdict == "refused" else 0)
     report = api.check(recipe, sets=_sets(set_), model=model, quarantine=quarantine, progress=_Counter())
     if as_json:
         _print_json(report.to_json())
@@ -186,6 +225,40 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint folder in one.")],
+    to: Annotated[str, typer.Option("--to", metavar="KIND", help="merged (one model) or adapter (PEFT).")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Default: RUN/exported/KIND.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hand a run over: a model folder that transformers loads, or an adapter that PEFT loads."""
+    from memfit import api
+    from memfit.units import gib
+
+    made = api.export(api.ExportRequest(run, to, out), say=_say)
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        print("\n".join((f"{made.to}: {made.folder} ({gib(made.bytes)})", *made.notes)))
+
+
+@app.command()
+def doctor(
+    runs: Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where run folders will be made.")] = Path(
+        "runs"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """What of this machine stands in the way of training, each with its fix; exit 1 when training is impossible."""
+    from memfit import api
+
+    health = api.doctor(runs)
+    _print_json(health.to_json()) if as_json else print(health.text())
+    if health.verdict == "fail":
+        raise typer.Exit(1)
+
+
+@app.command()
 def gpus(as_json: JsonOption = False) -> None:
     """The GPUs that --gpus knows, with their usable memory and where the figure is from."""
     from memfit import api
@@ -236,6 +309,8 @@ def models(as_json: JsonOption = False) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; MemfitError becomes its message and its code."""
+    if arguments is None and sys.argv[1:2] == ["estimate"]:
+        one_answer()
     try:
         result = app(arguments, standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -265,7 +340,7 @@ class _Counter:
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         now = time.monotonic()
-        if now - self._told >= 5:
+        if done and now - self._told >= 5:
             self._told = now
             _say(f"{what}: {done:,}" + (f" of {total:,}" if total is not None else ""))
 

@@ -1,7 +1,7 @@
 """Write docs/models.md: what memfit does with each catalogued model; `--check` compares instead.
 
-Every cell is read from what the commands themselves go by: the catalogue, the families, the levers that are refused.
-What is only known from memory says so.
+A "yes" is read from `tests.supported`, the lists that the tests themselves take their models from; the rest from what
+the commands go by: the catalogue, the families, the levers that are refused.
 """
 
 from __future__ import annotations
@@ -10,24 +10,43 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from memfit.build.supported import refuse_what_is_not_built
-from memfit.catalog.models import MODELS, ModelRow
-from memfit.errors import UserError
-from memfit.families import family_for
-from memfit.families.minicpmv2 import KEPT_ON_DISK
-from memfit.inputs.recipe_file import load_recipe
-from memfit.specs.recipe import ImageBudget, Recipe
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for the lists of the tests
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-# Licences of the weights, as the model cards named them when last read; all from memory, so read the card.
+from memfit.build.supported import refuse_what_is_not_built  # noqa: E402
+from memfit.catalog.models import MODELS, ModelRow  # noqa: E402
+from memfit.errors import UserError  # noqa: E402
+from memfit.families import family_for  # noqa: E402
+from memfit.families.minicpmv2 import KEPT_ON_DISK, query_num  # noqa: E402
+from memfit.inputs.recipe_file import load_recipe  # noqa: E402
+from memfit.specs.recipe import ImageBudget, Recipe  # noqa: E402
+from tests.supported import DUMMY_OF, PARTS, SHOWN, VECTORS  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
+# Licences of the weights: read the model card before relying on one. "card": its text was read in a public copy.
+_MINICPM = "MiniCPM Model License (memory)"
+_APACHE_CARD = "Apache-2.0 (card)"
 LICENCES = {
-    "minicpmv2": "MiniCPM Model License; V 4.5, o 4.5: Apache-2.0",
-    "minicpmv4_6": "Apache-2.0",
-    "qwen2_5_vl": "Apache-2.0 (7B), Qwen Research (3B)",
-    "llava": "Llama 2 Community",
+    "minicpm-v-4.6": _APACHE_CARD,
+    "minicpm-v-4.5": _APACHE_CARD,
+    "minicpm-o-4.5": _APACHE_CARD,
+    "minicpm-v-4.0": _MINICPM,
+    "minicpm-v-2.6": _MINICPM,
+    "minicpm-o-2.6": _MINICPM,
+    "minicpm-llama3-v-2.5": _MINICPM,
+    "qwen2.5-vl-3b": "Qwen Research (memory)",
+    "qwen2.5-vl-7b": "Apache-2.0 (memory)",
+    "qwen3-0.6b": "Apache-2.0 (memory)",
+    "qwen3-4b": "Apache-2.0 (memory)",
+    "qwen3-8b": "Apache-2.0 (memory)",
+    "llava-1.5-7b": "Llama 2 Community (memory)",
+    "llama-2-7b": "Llama 2 Community (memory)",
+    "llama-3.1-8b": "Llama 3.1 Community (memory)",
+    "llama-3.2-1b": "Llama 3.2 Community (memory)",
+    "llama-3.2-3b": "Llama 3.2 Community (memory)",
 }
-METHODS = ("full", "lora", "qlora")
 KNOBS = {"max_slices": 4, "max_tokens": 2000, "max_pixels": 4 * 448 * 448}
+ONLY_FORECAST = "forecast"
 
 
 def runs(recipe: Recipe) -> bool:
@@ -39,64 +58,153 @@ def runs(recipe: Recipe) -> bool:
     return True
 
 
-def pinned(**levers: object) -> Recipe:
+def pinned(method: str, parallel: str, gpus: str) -> Recipe:
     """A recipe with nothing left to the planner that `refuse_what_is_not_built` reads."""
-    plain = {"optimizer": "adamw", "loss": "full-logits", "attention": "sdpa", "parallel": "none", "offload": "none"}
-    method = str(levers.pop("method", "lora"))
-    sets = [
-        f"method={method}",
-        "levers.checkpointing=full",
-        *(f"levers.{k}={v}" for k, v in {**plain, **levers}.items()),
-    ]
+    levers = {"optimizer": "adamw", "loss": "full-logits", "attention": "sdpa", "offload": "none"}
+    levers |= {"parallel": parallel, "checkpointing": "full", "precision": "fp32"}
+    sets = [f"method={method}", f"hardware.gpus={gpus}", *(f"levers.{key}={value}" for key, value in levers.items())]
     return load_recipe(None, sets, model="catalogue")
 
 
 def knobs(row: ModelRow) -> str:
-    """The knobs of the image budget that the model's processor can be told."""
+    """The knobs of the image budget that the model's processor can be told; what it costs where there are none."""
     family = family_for(row.config)
     if family.images is None:
         return "-"
-    able = []
-    for name, value in KNOBS.items():
-        try:
-            family.images.budget(row.config, row.preprocessor, dataclasses.replace(ImageBudget(), **{name: value}))
-            able.append(name)
-        except UserError:
-            continue
-    return ", ".join(able) or "fixed size"
+    able = [name for name, value in KNOBS.items() if _budget(row, ImageBudget(**{name: value}))]
+    least = family.images.rule(family.images.budget(row.config, row.preprocessor, ImageBudget()), 100, 100)
+    most = family.images.rule(family.images.budget(row.config, row.preprocessor, ImageBudget()), 3000, 3000)
+    if least.tokens == most.tokens:
+        return f"fixed: {most.tokens} tokens a picture"
+    return ", ".join(able)
 
 
-def table() -> list[str]:
-    methods = [method for method in METHODS if runs(pinned(method=method))]
-    lines = [
-        "| name | hub id | code | parts | trains with | image budget | facts | weights' licence (from memory) |",
-        "|---|---|---|---|---|---|---|---|",
+def downsample(row: ModelRow) -> str:
+    """Modes of the downsample setting, or what fixes the tokens of a crop."""
+    family = family_for(row.config)
+    if family.images is None:
+        return "-"
+    if _budget(row, dataclasses.replace(ImageBudget(), downsample_mode="4x")):
+        return shown("downsample", row, "4x, 16x")
+    if family.name == "minicpmv2":
+        return f"no: {query_num(row.config)} queries a crop, fixed by the checkpoint"
+    return "no"
+
+
+def _budget(row: ModelRow, budget: ImageBudget) -> bool:
+    images = family_for(row.config).images
+    try:
+        return images is not None and bool(images.budget(row.config, row.preprocessor, budget))
+    except UserError:
+        return False
+
+
+def shown(column: str, row: ModelRow, yes: str = "yes") -> str:
+    """`yes` where a test of that column runs for the model; "untested" where none does."""
+    if family_for(row.config).forecast_only:
+        return ONLY_FORECAST
+    return yes if DUMMY_OF.get(row.name) in SHOWN[column].kinds else "untested"
+
+
+def four_bits(row: ModelRow) -> str:
+    return "untested" if runs(pinned("qlora", "none", "1xcpu")) else shown("qlora", row, ONLY_FORECAST)
+
+
+def parts(row: ModelRow) -> str:
+    if family_for(row.config).forecast_only:
+        return ONLY_FORECAST
+    names = ", ".join(PARTS[DUMMY_OF[row.name]])
+    kept = f"; {', '.join(KEPT_ON_DISK)} stay on disk" if row.config.get("model_type") == "minicpmo" else ""
+    return shown("parts", row, names) + kept
+
+
+def numbers(row: ModelRow) -> str:
+    """What the model's numbers were held against."""
+    family = family_for(row.config)
+    if family.forecast_only:
+        return "nothing: not at hand"
+    if not family.native:
+        return "they are transformers' own"
+    return "vectors of the original" if DUMMY_OF[row.name] in VECTORS else "the shared parts' vectors only"
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [heads, tuple("---" for _ in heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def what_runs() -> str:
+    heads = ("name", "full", "LoRA", "QLoRA", "parts", "ZeRO-3", "FSDP2", "image budget", "downsample mode")
+    rows = [
+        (
+            row.name,
+            shown("full", row),
+            shown("lora", row),
+            four_bits(row),
+            parts(row),
+            *(shown(engine, row, "CPU ranks") for engine in ("zero3", "fsdp")),
+            knobs(row),
+            downsample(row),
+        )
+        for row in MODELS
     ]
+    return table(heads, rows)
+
+
+def what_it_is() -> str:
+    heads = ("name", "hub id", "code", "numbers held against", "facts", "licence of the weights")
+    rows = []
     for row in MODELS:
-        family = family_for(row.config)
-        code = "memfit's own" if family.native else "transformers"
-        parts = ", ".join(dict.fromkeys(part for _, part in family.parts))
-        if row.config.get("model_type") == "minicpmo":
-            parts += f"; {', '.join(KEPT_ON_DISK)} stay on disk"
-        licence = LICENCES.get(family.name, "see the model card")
-        cells = (row.name, row.hub_id, code, parts, ", ".join(methods), knobs(row), row.verified, licence)
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        code = "memfit's own" if family_for(row.config).native else "transformers"
+        licence = LICENCES.get(row.name, "see the model card")
+        rows.append((row.name, row.hub_id, code, numbers(row), row.verified, licence))
+    return table(heads, rows)
+
+
+def tests() -> str:
+    names = {
+        "full": "full",
+        "lora": "LoRA",
+        "qlora": "QLoRA",
+        "parts": "parts",
+        "zero3": "ZeRO-3",
+        "fsdp": "FSDP2",
+        "image": "image budget",
+        "downsample": "downsample mode",
+    }
+    return "\n".join(f"  - {name}: `{SHOWN[column].test}`" for column, name in names.items())
 
 
 TEMPLATE = """\
 # Models
 
-Written by `tools/models_docs.py` from the catalogue, the families and the levers that this version runs; do not edit.
-`memfit models` prints the same rows.
+Written by `tools/models_docs.py` from the lists that the tests take their models from (`tests/supported.py`), the
+catalogue and the families; do not edit. `memfit models` prints the catalogue.
 
-{table}
+## What is shown to work
+
+{what_runs}
+
+- **A word here is a test** that runs for a tiny model with the same classes, names and files; "untested" means that
+  there is none, "forecast" that `memfit estimate` answers and training is refused. Real checkpoints of these sizes were
+  not at hand.
+{tests}
+- **Engines**: {engines}. On several GPUs: {on_gpus}.
+- **Parts** are `frozen`, `lora` or `full` each on its own, the connector (resampler, merger, projector) too:
+  `parts.connector`, `levers.checkpointing: {{connector: full}}`. Adapters outside the language part need
+  `lora.targets: all-linear` or names.
+- **Image budget**: one of these knobs under `image`, compiled to the processor's own; "fixed" means that every picture
+  costs the same. `image.downsample_mode` changes what is learned (tier 3), like all that stands outside `levers`.
+
+## What they are
+
+{what_it_is}
 
 - **facts**: cited, the model's own files were read in a public copy; counted, from memory with a parameter count that
-  is the published one; memory, from memory or stored code, with a count that agrees to a few digits.
-- **Engines that this version trains with**: {engines}. The others are forecast.
-- **Connector**: a part of its own everywhere: `parts.connector: frozen | lora | full`, and
-  `levers.checkpointing: {{connector: full}}`. Its adapters need `lora.targets: all-linear` or names.
+  is the published one; memory, from memory or stored code, with a count that agrees to a few digits. A forecast that
+  rests on memory says so in a note.
+- **licence**: card, the model card was read in a public copy; memory, not looked up. OpenBMB's read-me has called all
+  MiniCPM-o and -V weights Apache-2.0 since V 4.5; older model cards named their own licence. Read the card.
 
 ## MiniCPM-V and -o before 4.6
 
@@ -121,18 +229,38 @@ processor = transformers.AutoProcessor.from_pretrained("openbmb/MiniCPM-V-2_6")
 - Tokens of a crop are the checkpoint's learned queries and cannot be changed; `image.max_slices` changes how many crops
   there are.
 - Training differs from the original script on purpose: pictures are always numbered, no second end target is learned,
-  an empty answer leaks nothing into the labels, and a sample above `max_length` is set aside by name and length instead
-  of being cut. `memfit.inputs.shorten.shortened` drops whole trailing turns with their pictures.
+  an empty answer leaks nothing into the labels, and nothing is cut in the middle where a sample is longer than
+  `max_length`.
 - V 2.5 was trained with positions along one row. memfit takes each crop as if it were alone; `model.vpm.joint = True`
   gives the original's results, in which crops of a batch see each other's padding.
-- Video (V 4.5's time positions), audio and speech are neither trained nor generated.
+- V 4.5's resampler can place pictures in time. Pictures of one time step carry no such place (`temporal_ids` of -1),
+  and its resampler is then that of 2.6; video, audio and speech are refused.
+
+## MiniCPM-V 4.6
+
+`image.downsample_mode: 4x` keeps four times the image tokens of `16x`: the window merger inside the tower is passed by,
+so that its 105 M parameters get no gradient and are frozen, and all of the tower's layers see every patch. Text,
+pixels, model, forecast and the files that a run saves follow the one setting.
+
+## OmniLMM-12B
+
+The project's first model is forecast by its parts, and not trained: its tower is timm's EVA02, its weights are no
+safetensors. memfit counts and traces an equivalent (`memfit/models/omnilmm.py`): 63 of EVA02-enormous' 64 blocks, 64
+queries, Mistral-7B. What that rests on is said under each forecast.
 """
 
 
 def page() -> str:
     engines = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp")
-    trained = [name for name in engines if runs(pinned(parallel=name))]
-    return TEMPLATE.format(table="\n".join(table()), engines=", ".join(trained))
+    on_ranks = [name for name in engines[1:] if runs(pinned("lora", name, "2xcpu"))]
+    on_gpus = [name for name in engines[1:] if runs(pinned("lora", name, "2xA100-80G"))]
+    return TEMPLATE.format(
+        what_runs=what_runs(),
+        what_it_is=what_it_is(),
+        tests=tests(),
+        engines=f"one GPU or one CPU process; several CPU ranks with {', '.join(on_ranks)}",
+        on_gpus=", ".join(on_gpus) or "forecast only",
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ Generated, so that the list of keys in the documentation can never fall behind t
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 import typing
@@ -67,7 +68,7 @@ def markdown() -> str:
         "is an error that names the nearest known one. `docs/recipe.schema.json` says the same to editors.",
     ]
     for name, section in SECTIONS:
-        lines += ["", f"## {f'`{name}`' if name else 'Top level'}", "", (section.__doc__ or "").strip(), ""]
+        lines += ["", f"## {f'`{name}`' if name else 'Top level'}", "", inspect.getdoc(section) or "", ""]
         lines += ["| key | values | default |", "|---|---|---|"]
         hints = typing.get_type_hints(section)
         for field in dataclasses.fields(section):

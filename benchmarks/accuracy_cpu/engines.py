@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy_cpu.grid import Cell
+from memfit.catalog.optimizers import rounds_by_chance
+from memfit.engine.stochastic import StochasticAdamW
 
 RATE = 1e-4
 Roles = Mapping[str, list[torch.Tensor]]
@@ -35,12 +37,12 @@ class Engine(Protocol):
 
 
 class Plain:
-    """One process, as transformers' Trainer steps it: clip, fused AdamW, gradients set to None."""
+    """One process, as transformers' Trainer steps it: clip, AdamW, gradients set to None."""
 
-    def __init__(self, model: nn.Module, autocast: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None, cell: Cell) -> None:
         self.model = model
         self.forward = _forward(model, autocast)
-        self.optimizer = torch.optim.AdamW(_learning(model), lr=RATE, weight_decay=0.0, fused=True)
+        self.optimizer = _adamw(model, cell)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -65,9 +67,10 @@ class Plain:
 class DataParallel(Plain):
     """torch's DistributedDataParallel with its default buckets; unused parameters looked for as Trainer does."""
 
-    def __init__(self, model: nn.Module, autocast: torch.dtype | None, checkpointed: bool) -> None:
-        super().__init__(model, autocast)
-        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not checkpointed)
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None, cell: Cell) -> None:
+        super().__init__(model, autocast, cell)
+        unused = cell.checkpointing == "none"
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
         self.forward = _forward(wrapped, autocast)
 
 
@@ -87,7 +90,7 @@ class FullyShard(Plain):
         for module in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
             fully_shard(module, mp_policy=policy, offload_policy=offload)
         fully_shard(model, mp_policy=policy, offload_policy=offload)
-        super().__init__(model, autocast)
+        super().__init__(model, autocast, cell)
 
     def gathered(self) -> list[torch.Tensor]:
         return [parameter for parameter in self.model.parameters() if not hasattr(parameter, "_local_tensor")]
@@ -103,7 +106,7 @@ class DeepSpeed:
         learning = _learning(model)
         optimizer: torch.optim.Optimizer
         if cell.offload == "none":
-            optimizer = torch.optim.AdamW(learning, lr=RATE, weight_decay=0.0, fused=True)
+            optimizer = _adamw(model, cell)
         else:
             more = {"fp32_optimizer_states": False} if cell.precision == "pure-bf16" else {}
             optimizer = DeepSpeedCPUAdam(learning, lr=RATE, weight_decay=0.0, **more)
@@ -139,9 +142,9 @@ class DeepSpeed:
 def make_engine(cell: Cell, model: nn.Module, autocast: torch.dtype | None, values: dict[str, Any]) -> Engine:
     """The engine of a cell; on two ranks the process group must be there. `values`: DeepSpeed's configuration."""
     if cell.parallel == "none":
-        return Plain(model, autocast)
+        return Plain(model, autocast, cell)
     if cell.parallel == "ddp":
-        return DataParallel(model, autocast, cell.checkpointing != "none")
+        return DataParallel(model, autocast, cell)
     if cell.parallel == "fsdp":
         return FullyShard(model, autocast, cell)
     return DeepSpeed(model, cell, values)
@@ -191,6 +194,13 @@ def _forward(model: nn.Module, autocast: torch.dtype | None) -> Callable[..., An
 
     wrapped: Callable[..., Any] = convert_outputs_to_fp32(forward)
     return wrapped
+
+
+def _adamw(model: nn.Module, cell: Cell) -> torch.optim.Optimizer:
+    """torch's fused AdamW, or memfit's own where it rounds by chance."""
+    if rounds_by_chance("adamw", cell.precision):
+        return StochasticAdamW(_learning(model), lr=RATE, weight_decay=0.0)
+    return torch.optim.AdamW(_learning(model), lr=RATE, weight_decay=0.0, fused=True)
 
 
 def _learning(model: nn.Module) -> list[nn.Parameter]:

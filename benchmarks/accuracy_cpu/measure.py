@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.accuracy_cpu.engines import Engine, deepspeed_values, make_engine, start_group
 from benchmarks.accuracy_cpu.events import Known, Profiler, Snapshot, Watch, read_course
-from benchmarks.accuracy_cpu.grid import Cell, read_grid
+from benchmarks.accuracy_cpu.grid import Cell, read_cells
 from benchmarks.accuracy_cpu.recorder import Recorder
 from benchmarks.accuracy_cpu.runs import prepared_of, samples_of
 from memfit.build.build import Built, Materials, build
@@ -182,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    cell = next(cell for cell in read_grid() if cell.id == options.cell)
+    cell = read_cells()[options.cell]
     watch = Recorder(options.records) if options.records else None
     figures = measure(cell, options.work, options.rank, watch)
     options.out.write_text(json.dumps(figures), encoding="utf-8")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,7 +34,9 @@ def add_adapters(model: nn.Module, lora: Lora, modules: Sequence[str]) -> PeftMo
         modules_to_save=list(lora.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers by a name that 5.23 deprecates
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in adapted.named_parameters():
         if is_adapter(name) and parameter.is_floating_point():
             parameter.data = parameter.data.to(ADAPTER_DTYPES[lora.dtype])
@@ -50,12 +54,22 @@ def load_adapters(model: PeftModel, file: Path) -> None:
         )
 
 
+def merge_adapters(model: PeftModel) -> nn.Module:
+    """The model underneath with every adapter added to its weights, which keep their dtype.
+
+    Added in fp32 and rounded once, module by module: PEFT rounds the adapter's product to the weight's dtype before it
+    adds. Raises ValueError where the sum is no number.
+    """
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            weight: torch.Tensor = module.get_base_layer().weight
+            dtype = weight.dtype
+            weight.data = weight.data.float()
+            module.merge(safe_merge=True)
+            weight.data = weight.data.to(dtype)
+    return model.unload()
+
+
 def is_adapter(parameter: str) -> bool:
     """Whether a parameter name belongs to an adapter that PEFT added."""
     return any(mark in parameter for mark in (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".lora_embedding_"))
-
-
-def base_name(parameter: str) -> str:
-    """The name that a parameter of an adapted model had before PEFT wrapped it."""
-    name = parameter.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".").replace(".original_module.", ".")

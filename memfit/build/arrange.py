@@ -12,17 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from memfit.build.adapters import add_adapters, base_name, is_adapter
+from memfit.build.adapters import add_adapters, is_adapter
 from memfit.build.checkpointing import checkpointing_modes, set_checkpointing
+from memfit.build.everywhere import GATHERS, PICTURE_PARTS, merge_at_once, show_grey_picture
 from memfit.build.freeze import DTYPES, set_dtypes, set_learning
 from memfit.build.loss import FusedKernel, Loss, liger_kernel, put_head_off
 from memfit.catalog.precisions import PRECISIONS, precision_under
 from memfit.errors import UserError
 from memfit.families.base import Family
+from memfit.families.names import base_name
 from memfit.planner.counting import LORA_DTYPES
 from memfit.planner.parts import ResolvedParts
 from memfit.specs.recipe import Lora, Recipe
 from memfit.strategies import STRATEGIES
+
+COPY = ".modules_to_save."  # in names of parameters (peft.utils.other:ModulesToSaveWrapper)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ def arrange(
             "levers.loss: full-logits, or parts.head: frozen",
         )
     loss = put_head_off(model, lever, autocast_dtype(recipe), options.kernel)
+    if recipe.levers.parallel == "zero3":
+        merge_at_once(model)
     if parts.lora_modules:
         # Seeded here: how much chance loading has used up before differs between layouts.
         with torch.random.fork_rng(devices=[]):
@@ -64,13 +70,24 @@ def arrange(
             model = add_adapters(model, _as_the_engine_has_them(recipe), parts.lora_modules)
     if options.load is not None:
         options.load(model)
-    set_learning(model, lambda name: is_adapter(name) or base_name(name) in parts.learning)
-    precision = PRECISIONS[str(recipe.levers.precision)]
+    # PEFT's whole copies of `lora.modules_to_save` learn beside the adapters; what they were copied from does not.
+    set_learning(model, lambda name: is_adapter(name) or COPY in name or base_name(name) in parts.learning)
+    if not options.generates:
+        _run_everywhere(model, recipe, family)
+    precision = precision_under(str(recipe.levers.precision), str(recipe.levers.parallel))
     idle = {name for name, _ in model.named_parameters() if base_name(name) in parts.idle}
     set_dtypes(model, precision.learning, precision.frozen, keep=is_adapter, idle=idle)
     offload = recipe.levers.activation_offload is True
     checkpointed = set_checkpointing(model, part_finder(family), checkpointing_modes(recipe), offload)
     return Arranged(model, loss, checkpointed)
+
+
+def _run_everywhere(model: nn.Module, recipe: Recipe, family: Family) -> None:
+    """Where the tower or the connector learns, or is gathered as it runs, it runs in every micro-batch."""
+    part_of, gathered = part_finder(family), recipe.levers.parallel in GATHERS
+    learning = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if gathered or learning & PICTURE_PARTS:
+        show_grey_picture(model, family, always=gathered)
 
 
 def _as_the_engine_has_them(recipe: Recipe) -> Lora:

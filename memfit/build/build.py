@@ -10,17 +10,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memfit.build.adapters import PeftModel, base_name, load_adapters
+from memfit.build.adapters import PeftModel, load_adapters
 from memfit.build.arrange import Options, arrange, autocast_dtype, part_finder
 from memfit.build.data import Collator, refuse_packing
 from memfit.build.device import device_for, waits_for_engine
 from memfit.build.freeze import DTYPES, trainable_by_part
-from memfit.build.load import load_tensors, loaded_model
+from memfit.build.load import empty_model, load_tensors, loaded_model
 from memfit.build.loss import Loss
 from memfit.build.pixels import PixelReader
+from memfit.build.shell import fill_shell, is_shell, where_made
 from memfit.build.supported import refuse_what_is_not_built
 from memfit.errors import UserError
 from memfit.families.base import Family
+from memfit.families.names import base_name
 from memfit.inputs.encode import Encoder
 from memfit.inputs.model_source import ModelSource
 from memfit.planner.parts import resolve_parts
@@ -81,11 +83,16 @@ def build(plan: Plan, materials: Materials, trained: Path | None = None) -> Buil
     device = device_for(plan.forecast.hardware)
     whole = trained is not None and not (trained / ADAPTER_WEIGHTS).exists()
     folder = trained if trained is not None and whole else source.folder
-    model = loaded_model(family, folder, source.config, _attention(recipe))
+    if is_shell(recipe):
+        model = empty_model(family, source.config, _attention(recipe))
+    else:
+        model = loaded_model(family, folder, source.config, _attention(recipe))
     saved_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     parts = resolve_parts(recipe, family, materials.profile)
     load = functools.partial(_load_trained, trained=trained, whole=whole) if trained is not None else None
-    arranged = arrange(model, recipe, parts, family, Options(load=load, generates=trained is not None))
+    with where_made(recipe):
+        arranged = arrange(model, recipe, parts, family, Options(load=load, generates=trained is not None))
+    fill_shell(arranged.model, recipe)
     model, part_of = arranged.model, part_finder(family)
     encoder = Encoder(source, recipe.image)
     extra = family.forward_kwargs(source.config, encoder.processor_settings) if family.forward_kwargs else {}

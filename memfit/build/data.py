@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from memfit.build.pixels import PixelReader
+from memfit.build.pixels import PixelReader, joined
 from memfit.errors import UserError
 from memfit.families.base import Family
-from memfit.inputs.data.images import open_image
+from memfit.inputs.data.images import ImageError, open_image
 from memfit.inputs.encode import Encoder
 from memfit.specs.sample import Sample
 
@@ -36,7 +36,7 @@ def refuse_packing(family: Family, config: Mapping[str, Any]) -> None:
 
 
 class SampleDataset(Dataset):
-    """Encoded samples, made when asked for, so that no decoded picture is kept.
+    """Encoded samples, made when asked for, so that no decoded picture is kept: one at a time is in memory.
 
     With `prompts` the last answer is left off, for generation. `read` opens a picture; evaluation's controls change it.
     """
@@ -60,9 +60,7 @@ class SampleDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         sample = self.samples[index]
-        pictures = [self._read(path) for path in sample.images]
-        sizes = [picture.size for picture in pictures]
-        appearing = [pictures[index] for index in sample.picture_order]
+        sizes, tensors = self._pictures(sample)
         row: dict[str, torch.Tensor] = {}
         if self._prompts:
             row["input_ids"] = torch.as_tensor(self._encoder.prompt(sample, sizes), dtype=torch.long)
@@ -70,9 +68,29 @@ class SampleDataset(Dataset):
             encoded = self._encoder.encode(sample, sizes)
             row["input_ids"] = torch.as_tensor(encoded.input_ids, dtype=torch.long)
             row["labels"] = torch.as_tensor(encoded.labels, dtype=torch.long)
-        if pictures and self._pixels is not None:
-            row |= self._pixels.read(appearing)
-        return row
+        return row | tensors
+
+    def _pictures(self, sample: Sample) -> tuple[list[tuple[int, int]], dict[str, torch.Tensor]]:
+        """Sizes of the sample's pictures in its own order, and their tensors joined in the order of appearance.
+
+        One picture is read, prepared and let go before the next one: host memory is that of the largest.
+        """
+        sizes: list[tuple[int, int]] = []
+        made: list[dict[str, torch.Tensor]] = []
+        for path in sample.images:
+            try:
+                picture = self._read(path)
+            except ImageError as error:
+                raise UserError(
+                    f"row {sample.row}: {error.detail}",
+                    "the file has changed since the data was checked: run memfit check",
+                ) from error
+            sizes.append(picture.size)
+            made.append(self._pixels.read([picture]) if self._pixels is not None else {})
+            del picture
+        if self._pixels is None or not made:
+            return sizes, {}
+        return sizes, self._pixels.join([made[index] for index in sample.picture_order])
 
 
 class Collator:
@@ -135,10 +153,7 @@ class Collator:
         """The image tensors of all rows, joined as the family says."""
         images, batch = self._family.images, {}
         if images is not None:
-            for name, (how, dimension) in images.batch.items():
-                tensors = [row[name] for row in rows if name in row]
-                if tensors:
-                    batch[name] = torch.cat(tensors, dimension) if how == "cat" else torch.stack(tensors, dimension)
+            batch = joined(images, rows)
             if images.needs_token_types:
                 batch["mm_token_type_ids"] = (ids == self._image_token_id).long()
         return batch

@@ -16,6 +16,7 @@ from transformers.utils import logging as upstream_logging
 from memfit import models
 from memfit.errors import UserError
 from memfit.families.base import Family
+from memfit.inputs.model_source import weight_names
 
 
 def config_object(config: Mapping[str, Any]) -> Any:
@@ -27,7 +28,7 @@ def config_object(config: Mapping[str, Any]) -> Any:
     try:
         return transformers.AutoConfig.for_model(config["model_type"], **values)
     except Exception as error:  # upstream raises many kinds, with the key in the text
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = _one_line(error)
         raise UserError(
             f"transformers {transformers.__version__} refuses this {config['model_type']} config: {first}",
             "mend config.json or the recipe's model_config",
@@ -41,6 +42,12 @@ def empty_model(family: Family, config: Mapping[str, Any], attention: str = "sdp
         return _from_nothing(family, config_object(config), attention)
 
 
+def _one_line(error: Exception, limit: int = 400) -> str:
+    """What upstream says, its reason below the first line included."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def random_model(family: Family, config: Mapping[str, Any], attention: str = "sdpa") -> nn.Module:
     """The model of a config with transformers' own random initialisation, on the CPU."""
     return _from_nothing(family, config_object(config), attention)
@@ -49,8 +56,9 @@ def random_model(family: Family, config: Mapping[str, Any], attention: str = "sd
 def loaded_model(family: Family, folder: Path, config: Mapping[str, Any], attention: str = "sdpa") -> nn.Module:
     """The model with the weights in `folder`, in the checkpoint's own dtype, on the CPU.
 
-    Only safetensors are read and no code from the folder is run. Raises UserError when weights are missing, left
-    over, or of another shape than the config says: silently fresh weights are the worst of bugs.
+    Safetensors are read, or pickles where there are none, as plain tensors only (torch's `weights_only`): no code from
+    the folder is run. Raises UserError when weights are missing, left over, or of another shape than the config says:
+    silently fresh weights are the worst of bugs.
     """
     quiet_upstream()
     try:
@@ -59,14 +67,14 @@ def loaded_model(family: Family, folder: Path, config: Mapping[str, Any], attent
             config=config_object(config),
             dtype="auto",
             attn_implementation=attention,
-            use_safetensors=True,
+            use_safetensors=all(name.endswith(".safetensors") for name in weight_names(folder)),
             local_files_only=True,
             output_loading_info=True,
         )
     except UserError:
         raise
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = _one_line(error)
         raise UserError(
             f"cannot load the weights in {folder}: {first}", "check that the folder is a whole safetensors checkpoint"
         ) from error

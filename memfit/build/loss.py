@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from memfit.errors import UserError
@@ -119,6 +120,16 @@ class _HeadLoss:
         """The sum of the cross-entropies of M positions. hidden: (M, D), targets: (M)."""
         raise NotImplementedError
 
+    def through_head(self, hidden: torch.Tensor, compute: Compute) -> torch.Tensor:
+        """`compute` with the head's weights, which engines that split them gather around this one call.
+
+        FSDP2 keeps the head gathered from the model's forward to its backward (accelerate.utils.fsdp_utils:
+        fsdp2_prepare_model), and its hooks count the calls of a head that shares a group with others: it gets none.
+        """
+        run: Compute = self.head.forward if isinstance(self.head, FSDPModule) else self.head
+        total: torch.Tensor = run(hidden, compute)
+        return total
+
     def casting(self, device: torch.device) -> AbstractContextManager[Any]:
         """The head computes as it would inside the model."""
         return nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
@@ -126,23 +137,36 @@ class _HeadLoss:
 
 @dataclass(frozen=True)
 class ChunkedLoss(_HeadLoss):
-    """Logits of CHUNK positions at a time, computed once for the loss and once more for its gradient."""
+    """Logits of CHUNK positions at a time, computed once for the loss and once more for its gradient.
+
+    `contexts`: () -> what runs around a chunk's first and second computation.
+    """
 
     chunk: int = CHUNK
+    contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] = noop_context_fn
 
     def summed(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # One call of the head for all chunks: ranks have different numbers of them, and gather the head together.
+        return self.through_head(hidden, functools.partial(self._in_chunks, targets=targets))
+
+    def _in_chunks(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         # One empty chunk where nothing is trained, so that the loss has a graph all the same.
         for first in range(0, max(1, len(targets)), self.chunk):
             piece = slice(first, first + self.chunk)
+            given = (hidden[piece], weight, bias, targets[piece])
             total = total + checkpoint(
-                self._of_chunk, hidden[piece], targets[piece], use_reentrant=False, preserve_rng_state=False
+                self._of_chunk, *given, use_reentrant=False, preserve_rng_state=False, context_fn=self.contexts
             )
         return total
 
-    def _of_chunk(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _of_chunk(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
         with self.casting(hidden.device):
-            logits_CV = self.head(hidden, functional.linear)
+            logits_CV = functional.linear(hidden, weight, bias)
         return functional.cross_entropy(logits_CV.float(), targets, reduction="sum")
 
 
@@ -157,8 +181,7 @@ class FusedLoss(_HeadLoss):
             # Trainer's outputs come back in fp32; the kernel would make every gradient as wide as its input.
             hidden = hidden.to(self.autocast)
         with self.casting(hidden.device):
-            total: torch.Tensor = self.head(hidden, lambda x, weight, bias: self.kernel(x, weight, targets, bias))
-        return total
+            return self.through_head(hidden, lambda x, weight, bias: self.kernel(x, weight, targets, bias))
 
 
 def liger_kernel() -> FusedKernel:

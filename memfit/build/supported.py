@@ -10,7 +10,6 @@ from memfit.errors import UserError
 from memfit.specs.recipe import Recipe
 
 _SEVERAL = "this version of memfit trains on one GPU or on several CPU ranks; parallel {} on GPUs is forecast only"
-_SPLIT = frozenset({"zero3", "fsdp"})
 
 
 def refuse_what_is_not_built(recipe: Recipe) -> None:
@@ -20,6 +19,13 @@ def refuse_what_is_not_built(recipe: Recipe) -> None:
             "levers.linear_attention: fla needs the package flash-linear-attention, which is not installed",
             "pip install flash-linear-attention, or levers.linear_attention: reference",
         )
+    if recipe.levers.attention == "flash":
+        _refuse_flash(recipe)
+    if recipe.levers.loss == "fused" and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(
+            "levers.loss: fused needs the package liger-kernel, which is not installed",
+            "pip install liger-kernel, or levers.loss: chunked, which keeps no logits either",
+        )
     found = list(_not_built(recipe))
     if not found:
         return
@@ -27,6 +33,20 @@ def refuse_what_is_not_built(recipe: Recipe) -> None:
         raise UserError(found[0], "train on one for now: --gpus 1x and the GPU's name, or --gpus 1xcpu")
     lines = found[0] if len(found) == 1 else f"{len(found)} levers:" + "".join(f"\n  {line}" for line in found)
     raise UserError(f"this version of memfit forecasts but does not yet run {lines}", "set these to auto to train now")
+
+
+def _refuse_flash(recipe: Recipe) -> None:
+    """UserError where FlashAttention's package is missing or would meet numbers that its kernels do not take."""
+    if importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            "levers.attention: flash needs the package flash-attn, which is not installed",
+            "levers.attention: sdpa (torch's own flash kernel where nothing is padded), or pip install flash-attn",
+        )
+    if recipe.levers.precision == "fp32":
+        raise UserError(
+            "levers.attention: flash computes in 16 bit only, and levers.precision is fp32",
+            "levers.precision: bf16-amp, or levers.attention: sdpa",
+        )
 
 
 def _not_built(recipe: Recipe) -> Iterator[str]:
@@ -50,9 +70,6 @@ def _not_built(recipe: Recipe) -> Iterator[str]:
             yield f"{key}={value} (runs: {', '.join(str(item) for item in allowed if item != 'auto')})"
     if levers.parallel != "none" and not _on_cpu(recipe):
         yield _SEVERAL.format(levers.parallel)
-    if levers.parallel in _SPLIT and levers.loss == "chunked":
-        # Ranks with different numbers of trained tokens would gather the head a different number of times, and hang.
-        yield f"levers.loss=chunked with parallel {levers.parallel} (runs: full-logits)"
     if not OPTIMIZERS[levers.optimizer].runs_today:
         able = ", ".join(name for name, row in OPTIMIZERS.items() if row.runs_today)
         yield f"levers.optimizer={levers.optimizer} (runs: {able})"

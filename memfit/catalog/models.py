@@ -338,6 +338,37 @@ MODELS: tuple[ModelRow, ...] = (
         on_disk=304_000_000,
     ),
     ModelRow(
+        name="omnilmm-12b",
+        hub_id="openbmb/OmniLMM-12B",
+        family="omnilmm",
+        config={
+            "architectures": ["OmniLMMForCausalLM"],
+            "model_type": "omnilmm",
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14_336,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10_000.0,
+            "sliding_window": 4096,
+            "max_position_embeddings": 32_768,
+            # Mistral's 32,000, <im_patch>, two tags around it and six more (omnilmm.py: initialize_vision_tokenizer).
+            "vocab_size": 32_009,
+            "num_query": 64,
+            "image_size": 448,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        },
+        parameters=11_600_000_000,
+        published="11.6B: the hub rounds EVA02-enormous without its last block, the resampler and Zephyr-7B so; 12B in "
+        "the model card",
+        source="OpenBMB/MiniCPM-V at 24bb62b, omnilmm/model/omnilmm.py for the parts; timm.models.eva for the tower; "
+        "Mistral-7B's sizes; config.json was not at hand",
+        verified="memory",
+    ),
+    ModelRow(
         name="qwen2.5-vl-3b",
         hub_id="Qwen/Qwen2.5-VL-3B-Instruct",
         family="qwen2_5_vl",

@@ -16,6 +16,10 @@ EVERYWHERE = ALONE | ZERO | FSDP
 BLOCK_8BIT = 256
 # bitsandbytes.optim: min_8bit_size, below which a tensor keeps fp32 states.
 MIN_8BIT_NUMEL = 4096
+# memfit.engine.stochastic: elements that are stepped in fp32 at once, and their bytes at the peak (the first moment,
+# the second, its root, and the bits of chance, 4 B each).
+CHANCE_CHUNK, CHANCE_BYTES = 1 << 21, 16
+CHANCE_WIDTH = 2  # of bf16: only its weights are rounded so
 # bitsandbytes.optim.optimizer:Optimizer8bit.get_state_buffer: smaller states are not paged.
 MIN_PAGED_NUMEL = 100_000
 
@@ -192,14 +196,23 @@ def state_bytes(row: OptimizerRow, shape: Sequence[int], width: int, kind: str) 
     return STATE_RULES[row.states](row, shape, width, kind)
 
 
-def state_rule_text(row: OptimizerRow, width: int) -> str:
-    """The rule of `state_bytes` in words, for `--why`."""
-    return {
-        "like-parameter": f"{width} B each",
-        "fp32": "4 B each",
-        "blockwise-8bit": f"1 B each and 4 B for every {BLOCK_8BIT} (below {MIN_8BIT_NUMEL} and embeddings: 4 B each)",
-        "factored": "4 B for each row and each column (vectors: for each element)",
-    }[row.states]
+def state_formula(row: OptimizerRow, shapes: Sequence[Sequence[int]], kinds: Sequence[str], width: int) -> str:
+    """The sum of `state_bytes` over tensors with its numbers, for `--why`."""
+    counts = [math.prod(shape) for shape in shapes]
+    if row.states == "blockwise-8bit":
+        small = [n < MIN_8BIT_NUMEL or kind == "embedding" for n, kind in zip(counts, kinds, strict=True)]
+        large = [n for n, is_small in zip(counts, small, strict=True) if not is_small]
+        blocks = sum(math.ceil(n / BLOCK_8BIT) for n in large)
+        return (
+            f"{row.moments} states x ({sum(large):,} x 1 B + {blocks:,} blocks of {BLOCK_8BIT} x 4 B + "
+            f"{sum(counts) - sum(large):,} x 4 B), the last are embeddings and tensors below {MIN_8BIT_NUMEL:,}"
+        )
+    if row.states == "factored":
+        vectors = sum(n for n, shape in zip(counts, shapes, strict=True) if len(shape) < 2)
+        sides = sum(_factored(row, shape, width, "") for shape in shapes) // 4 - vectors
+        return f"{sides:,} rows and columns x 4 B + {vectors:,} elements of vectors x 4 B"
+    each = 4 if row.states == "fp32" else width
+    return f"{row.moments} states of {sum(counts):,} parameters, {each} B each"
 
 
 def is_paged(row: OptimizerRow, shape: Sequence[int]) -> bool:
@@ -213,3 +226,11 @@ def find_optimizer(name: str) -> OptimizerRow:
         return OPTIMIZERS[name]
     near = process.extractOne(name, list(OPTIMIZERS), scorer=fuzz.ratio)
     raise UserError(f"unknown optimizer {name!r}", f"did you mean {near[0]}? All: {', '.join(OPTIMIZERS)}")
+
+
+def rounds_by_chance(optimizer: str, precision: str) -> bool:
+    """Whether bf16 weights are stepped by memfit's own AdamW, which rounds by chance (memfit.engine.stochastic).
+
+    Only where the step is torch code: DeepSpeed's own host optimizer, under offload, rounds to nearest.
+    """
+    return optimizer == "adamw" and precision == "pure-bf16"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,9 @@ _FSDP_ARGUMENTS = (
     "reshard_after_forward",
     "cpu_offload",
     "auto_wrap_policy",
-    "cpu_ram_efficient_loading",
     "state_dict_type",
     "activation_checkpointing",
 )
-# transformers.models.minicpmv4_{6,7}: `for batch_idx in range(len(target_sizes))` in their forward.
-LOOPING = frozenset({"MiniCPMV4_6Merger", "MiniCPMV4_7Merger"})
 
 
 @dataclass(frozen=True)
@@ -69,17 +66,12 @@ class Engine:
             }
         return given
 
-    def finish(self, accelerator: Accelerator, model: nn.Module, arguments: Any, learning: Collection[str]) -> None:
-        """Tell accelerate and DeepSpeed what TrainingArguments have no word for. `learning`: the parts that learn."""
+    def finish(self, accelerator: Accelerator, model: nn.Module, arguments: Any) -> None:
+        """Tell accelerate what TrainingArguments have no word for."""
         if self.name == "ddp" and accelerator.ddp_handler is not None:
             accelerator.ddp_handler.gradient_as_bucket_view = self.config["gradient_as_bucket_view"]
         if self.name == "fsdp":
             self._finish_fsdp(accelerator, model, arguments)
-        if self.name == "zero3":
-            from deepspeed.utils import set_z3_leaf_module
-
-            for module in looping(model, learning):
-                set_z3_leaf_module(module, True)
 
     def _finish_fsdp(self, accelerator: Accelerator, model: nn.Module, arguments: Any) -> None:
         state = accelerator.state
@@ -89,6 +81,8 @@ class Engine:
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
         plugin = state.fsdp_plugin
+        # Not among the arguments: transformers would then load empty weights on all ranks but the first by itself.
+        plugin.cpu_ram_efficient_loading = self.config["cpu_ram_efficient_loading"]
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in wrapped_layers(model)})
         offloads = self.config["cpu_offload"]
         plugin.cpu_offload = CPUOffloadPolicy(pin_memory=self.config["pin_memory"]) if offloads else OffloadPolicy()
@@ -98,22 +92,6 @@ class Engine:
                 reduce_dtype=DTYPES[self.config["reduce_dtype"]],
                 cast_forward_inputs=True,
             )
-
-
-def looping(model: nn.Module, learning: Collection[str]) -> list[nn.Module]:
-    """Modules that call their layers once for every crop; ZeRO-3 must gather each of them whole, at one time.
-
-    Ranks whose pictures have different numbers of crops would else gather these layers a different number of times,
-    and wait for each other for ever. Raises UserError where a backward runs through one of them (`learning`: the parts
-    that learn): DeepSpeed's hooks of a module that it gathers whole see no outputs in a list, as these have.
-    """
-    found = [module for module in model.modules() if type(module).__name__ in LOOPING]
-    if found and {"vision", "connector"} & set(learning):
-        raise UserError(
-            f"levers.parallel: zero3 cannot train the parts around {type(found[0]).__name__}, which runs once a crop",
-            "parts: {vision: frozen, connector: frozen}, or levers.parallel: fsdp or zero2",
-        )
-    return found
 
 
 def engine_of(plan: Plan) -> Engine:
@@ -136,7 +114,8 @@ def engine_of(plan: Plan) -> Engine:
         return Engine(name, config)
     problem = cpu_adam_problem()
     if problem is None:
-        return Engine(name, config)
+        nearest = "pure-bf16: DeepSpeed's CPU Adam rounds to nearest, which loses small steps; bf16-mixed keeps them"
+        return Engine(name, config, (nearest,) if plan.recipe.levers.precision == "pure-bf16" else ())
     note = f"DeepSpeed's CPU Adam cannot be built here ({problem}): torch's AdamW steps in host memory, more slowly"
     return Engine(name, {**config, "zero_force_ds_cpu_optimizer": False}, (note,))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +13,20 @@ from torch.distributed.tensor import DTensor
 
 from memfit.engine.ranks import is_first
 
+ON_DISK_FROM = 1 << 20  # bytes: smaller tensors are not worth a file
+
 
 def whole_state(
-    model: nn.Module, wanted: Callable[[str], bool] = lambda name: True, dtype: torch.dtype | None = None
+    model: nn.Module,
+    wanted: Callable[[str], bool] = lambda name: True,
+    dtype: torch.dtype | None = None,
+    folder: Path | None = None,
 ) -> dict[str, torch.Tensor]:
     """The named weights and buffers, whole, on the first rank; an empty mapping on the others. All ranks must call.
 
     `wanted` chooses by name; `dtype` casts floating tensors as they come. Where nothing is split the tensors are the
-    model's own, not copies. Tied weights stay one tensor.
+    model's own, not copies. Tied weights stay one tensor. Where shards are in host memory the whole would be a second
+    model there: it is gathered into files of `folder` that the kernel may drop from memory, and that go with it.
     """
     seen: dict[int, torch.Tensor | None] = {}  # on every rank: a tied tensor that one rank gathers twice is a hang
     state = {}
@@ -26,9 +34,7 @@ def whole_state(
         if not wanted(name):
             continue
         if id(tensor) not in seen:
-            whole = _whole(tensor)
-            cast = whole is not None and dtype is not None and whole.is_floating_point()
-            seen[id(tensor)] = whole.to(dtype) if whole is not None and cast else whole
+            seen[id(tensor)] = _whole(tensor, dtype if tensor.is_floating_point() else None, folder)
         found = seen[id(tensor)]
         if found is not None:
             state[name] = found
@@ -45,19 +51,45 @@ def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.state_dict(keep_vars=True).items()
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor | None:
+def _whole(tensor: torch.Tensor, dtype: torch.dtype | None, folder: Path | None) -> torch.Tensor | None:
     """The whole tensor on the first rank, None on the others. A collective where the tensor is split."""
     if isinstance(tensor, DTensor):
+        on_host = tensor.to_local().device.type == "cpu"
         gathered = tensor.detach().full_tensor()
-        return gathered.cpu() if is_first() else None
+        return _kept(gathered, dtype, folder if on_host else None) if is_first() else None
     if hasattr(tensor, "ds_id"):
-        return _whole_of_zero3(tensor)
-    return tensor.detach() if is_first() else None
+        return _whole_of_zero3(tensor, dtype, folder)
+    return tensor.detach().to(dtype or tensor.dtype) if is_first() else None
 
 
-def _whole_of_zero3(parameter: Any) -> torch.Tensor | None:
+def _whole_of_zero3(parameter: Any, dtype: torch.dtype | None, folder: Path | None) -> torch.Tensor | None:
     import deepspeed
 
+    on_host = parameter.ds_tensor.device.type == "cpu"
     with deepspeed.zero.GatheredParameters([parameter]):
         # A copy: the gathered tensor goes when the context ends.
-        return parameter.detach().cpu().clone() if is_first() else None
+        return _kept(parameter.detach(), dtype, folder if on_host else None) if is_first() else None
+
+
+def _kept(whole: torch.Tensor, dtype: torch.dtype | None, folder: Path | None) -> torch.Tensor:
+    """A copy in host memory, or in a file of `folder` where one can be made there."""
+    dtype = dtype or whole.dtype
+    size = whole.numel() * dtype.itemsize
+    made = _mapped(whole.shape, dtype, folder) if folder is not None and size >= ON_DISK_FROM else None
+    if made is None:
+        made = torch.empty(whole.shape, dtype=dtype)
+    return made.copy_(whole)
+
+
+def _mapped(shape: torch.Size, dtype: torch.dtype, folder: Path) -> torch.Tensor | None:
+    """An empty tensor in a file without a name, whose room on disk is sure; None where there is none."""
+    path = folder / f".gathered-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shape.numel() * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
+    except (OSError, RuntimeError, AttributeError):  # a full disk, or one that maps no files: memory will do
+        return None
+    finally:
+        path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from memfit.engine.stall import stalled
 from memfit.engine.train import Job, Trained, train
 from memfit.engine.worker import RESULT
 from memfit.errors import RunFailed, UserError
@@ -71,6 +72,12 @@ def start(words: Sequence[str], ranks: int, logs: Path) -> None:
 
 def explained(logs: Path, error: ChildFailedError) -> Exception:
     """The error of the rank that failed first: the others usually only miss it."""
+    waiting = stalled(logs)
+    if waiting:
+        return RunFailed(
+            f"the ranks waited for each other too long and were ended: {'; '.join(waiting)}",
+            f"the whole stacks are under {logs}; earlier checkpoints are whole",
+        )
     told = sorted((_failure(path) for path in logs.glob("rank-*.failed.json")), key=lambda failure: failure["time"])
     rank, failure = error.get_first_failure()
     silent = failure.exitcode < 0 and str(rank) not in {other["rank"] for other in told}

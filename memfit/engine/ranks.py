@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 
 import torch
 from torch import distributed
+
+# How long a rank waits for the others in one exchange, and for a micro-batch of its own to end; loading a large model
+# comes between two exchanges.
+PATIENCE = datetime.timedelta(minutes=30)
 
 
 def several() -> bool:

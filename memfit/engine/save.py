@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
-from memfit.build.adapters import base_name, is_adapter
+from memfit.build.adapters import is_adapter
 from memfit.build.build import TRAINED_PARTS
 from memfit.engine.gather import whole_state
 from memfit.engine.ranks import is_first
-from memfit.inputs.run_folder import free_bytes
+from memfit.families import FAMILIES
+from memfit.families.names import base_name
+from memfit.inputs.run_folder import free_bytes, read_json
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -35,7 +39,7 @@ def save_weights(
     whole model (None keeps each tensor as it lives). `state`: what `saved_state` gathered before. Raises OSError when
     the disk is full, whatever the writer underneath called it.
     """
-    state = saved_state(model, dtype) if state is None else state
+    state = saved_state(model, dtype, folder.parent) if state is None else state
     if not is_first():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,14 +53,20 @@ def save_weights(
         else:
             model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         copy_companions(source, folder)
+        keep_agreed(folder, getattr(model, "config", None))
 
 
-def saved_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """What is saved of a model, whole, on the first rank: all of it, or with adapters what learns. All ranks call."""
+def saved_state(
+    model: nn.Module, dtype: torch.dtype | None = None, folder: Path | None = None
+) -> dict[str, torch.Tensor]:
+    """What is saved of a model, whole, on the first rank: all of it, or with adapters what learns. All ranks call.
+
+    `folder`: where to gather what would be a second model in host memory (`whole_state`).
+    """
     if not isinstance(model, PeftModel):
-        return whole_state(model, dtype=dtype)
+        return whole_state(model, dtype=dtype, folder=folder)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return whole_state(model, lambda name: name in learning or is_adapter(name))
+    return whole_state(model, lambda name: name in learning or is_adapter(name), folder=folder)
 
 
 def _is_peft_saved(parameter: str) -> bool:
@@ -69,6 +79,24 @@ def copy_companions(source: Path, folder: Path) -> None:
         name = file.name
         if file.is_file() and name.endswith(_COPIED) and not name.endswith(_WEIGHTS) and not (folder / name).exists():
             shutil.copyfile(file, folder / name)
+
+
+def keep_agreed(folder: Path, config: Any) -> None:
+    """Writes what the model's config and its image processor must agree on into the files of both.
+
+    A run may have changed it (`image.downsample_mode`), and the files beside the weights are the source's own.
+    """
+    model_type = getattr(config, "model_type", None)
+    images = next((family.images for family in FAMILIES if model_type in family.model_types), None)
+    shared = {name: getattr(config, name) for name in (images.shared if images else ()) if hasattr(config, name)}
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        if not shared or not (folder / name).exists():
+            continue
+        saved = read_json(folder / name)
+        inner = saved.get("image_processor") if name.startswith("processor") else saved
+        if isinstance(inner, dict) and {key: inner.get(key) for key in shared} != shared:
+            inner.update(shared)
+            (folder / name).write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_or_rescue(write: Callable[[Path], None], folder: Path, rescue: Path) -> tuple[Path, OSError | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import warnings
@@ -16,10 +17,10 @@ from transformers import TrainingArguments, set_seed
 from memfit.build.build import Built, Materials, build
 from memfit.build.data import SampleDataset
 from memfit.build.freeze import whole_numel
-from memfit.catalog.optimizers import OPTIMIZERS
+from memfit.catalog.optimizers import OPTIMIZERS, rounds_by_chance
 from memfit.engine.engines import Engine, engine_of
 from memfit.engine.gather import is_split
-from memfit.engine.ranks import count, is_first, rank
+from memfit.engine.ranks import PATIENCE, count, is_first, rank
 from memfit.engine.recording import Recorder
 from memfit.engine.run_log import RunLog
 from memfit.engine.sampling import FilledDataset
@@ -31,9 +32,11 @@ from memfit.engine.save import (
     save_weights,
     saved_state,
 )
+from memfit.engine.stall import STALLED, Patience
 from memfit.engine.trainer import Hooks, MemfitTrainer, PartRates
 from memfit.errors import RunFailed, UserError
 from memfit.inputs.cache import cache_folder
+from memfit.inputs.data.images import open_image
 from memfit.inputs.run_folder import RunFolder, free_bytes, write_json
 from memfit.specs.plan import Plan
 from memfit.specs.recipe import Recipe
@@ -47,7 +50,10 @@ PILOT_STEPS = (10, 200)  # at least and at most
 
 @dataclass(frozen=True)
 class Job:
-    """What one training run takes: the plan, the data, where to write."""
+    """What one training run takes: the plan, the data, where to write.
+
+    `most_pixels`: those of the largest picture that the plan's host memory counts with; None for no check.
+    """
 
     plan: Plan
     materials: Materials
@@ -55,6 +61,7 @@ class Job:
     evaluate: Sequence[Sample]
     folder: RunFolder
     pilot: bool = False
+    most_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,11 +167,16 @@ def _trainer(
 ) -> tuple[MemfitTrainer, Recorder]:
     recipe, total = job.plan.recipe, arguments.max_steps
     rates = PartRates(learning_rates(recipe, sorted(built.trainable)), built.part_of)
-    hooks = Hooks(rates, lambda model, folder: save_weights(model, folder, built.source_folder), engine)
+    seed = recipe.seed if rounds_by_chance(recipe.levers.optimizer, str(recipe.levers.precision)) else None
+    if engine.config.get("zero_force_ds_cpu_optimizer"):
+        seed = None  # DeepSpeed's own steps on the host
+    save = functools.partial(save_weights, source=built.source_folder)
+    hooks = Hooks(rates, save, engine, rounding_seed=seed)
     pilot_steps = max(PILOT_STEPS[0], min(PILOT_STEPS[1], int(total * PILOT_SHARE)))
     recorder = Recorder(log, hooks.counts, min(pilot_steps, total) if job.pilot else None)
-    samples = SampleDataset(job.train, built.encoder, built.pixels)
-    evaluate = SampleDataset(job.evaluate, built.encoder, built.pixels) if _evaluates(job) else None
+    read = functools.partial(open_image, most_pixels=job.most_pixels) if job.most_pixels else open_image
+    samples = SampleDataset(job.train, built.encoder, built.pixels, read=read)
+    evaluate = SampleDataset(job.evaluate, built.encoder, built.pixels, read=read) if _evaluates(job) else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # upstream's deprecations are not the user's
         trainer = MemfitTrainer(
@@ -177,6 +189,8 @@ def _trainer(
             compute_loss_func=built.loss,
             hooks=hooks,
         )
+    if count() > 1:
+        trainer.add_callback(Patience(job.folder.path / "logs" / STALLED.format(rank=rank()), PATIENCE.total_seconds()))
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for callback in (PrinterCallback, ProgressCallback):
@@ -240,7 +254,7 @@ def _arguments(job: Job, steps: Steps, engine: Engine) -> TrainingArguments:
 
 def _keep(job: Job, built: Built, log: RunLog, name: str) -> Path:
     """Save the live weights as RUN/NAME, or in the cache folder when the run's disk is full."""
-    state = saved_state(built.model, built.saved_dtype) if is_split(built.model) else None
+    state = saved_state(built.model, built.saved_dtype, job.folder.path) if is_split(built.model) else None
     if not is_first():
         return job.folder.path / name
     rescue = free_name(cache_folder() / "rescued" / f"{job.folder.path.name}-{name}")
@@ -287,6 +301,9 @@ def _explained(error: Exception, job: Job, built: Built, log: RunLog) -> Excepti
     log.write("failed", error=f"{type(error).__name__}: {error}"[:2000])
     if isinstance(error, RunFailed | UserError):
         return error
+    if "Caught UserError in DataLoader worker" in str(error):  # a worker's error comes as text, with its traceback
+        problem, _, hint = str(error).rpartition("UserError: ")[2].partition("\n\nhint: ")
+        return UserError(problem, hint)
     if looks_like_full_disk(error, job.folder.path):
         drop_half_checkpoints(job.folder.checkpoints)
         try:

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from memfit.engine.engines import Engine
 from memfit.engine.sampling import FilledDataset, FilledSampler
+from memfit.engine.stochastic import StochasticAdamW
 
 IGNORED = -100  # labels without loss
 
@@ -40,13 +41,14 @@ class PartRates:
 class Hooks:
     """What memfit adds to a Trainer: rates by part, counts by step, how weights are written, and the engine.
 
-    `save_weights` is called by every rank.
+    `save_weights` is called by every rank. `rounding_seed`: AdamW rounds bf16 weights by chance; None: it does not.
     """
 
     rates: PartRates
     save_weights: Callable[[nn.Module, Path], None]
     engine: Engine
     counts: StepCounts = field(default_factory=StepCounts)
+    rounding_seed: int | None = None
 
 
 class MemfitTrainer(Trainer):
@@ -71,6 +73,10 @@ class MemfitTrainer(Trainer):
         live = self.model if model is None else model
         if self.optimizer is None:
             kind, values = self.get_optimizer_cls_and_kwargs(self.args, live)
+            learning = {p.dtype for p in live.parameters() if p.requires_grad}
+            if self.hooks.rounding_seed is not None and torch.bfloat16 in learning:
+                values = {name: values[name] for name in ("lr", "betas", "eps")} | {"seed": self.hooks.rounding_seed}
+                kind = StochasticAdamW
             self.optimizer = kind(self._groups(live), **values)
         return self.optimizer
 
@@ -97,7 +103,10 @@ class MemfitTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator, with the engine's remaining values."""
         super().create_accelerator_and_postprocess()
-        self.hooks.engine.finish(self.accelerator, self.model, self.args, self.hooks.rates.by_part)
+        # A step's micro-batches are taken together (Trainer.get_batch_samples). accelerate would put all of them on the
+        # device at once; so they wait in host memory, and training_step moves one (Trainer._prepare_inputs).
+        self.accelerator.device_placement = False
+        self.hooks.engine.finish(self.accelerator, self.model, self.args)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import sys
 import time
@@ -13,6 +12,7 @@ import torch
 from torch import distributed
 
 from memfit.build.build import Materials
+from memfit.engine.ranks import PATIENCE
 from memfit.engine.train import Job, Trained, train
 from memfit.errors import MemfitError, UserError
 from memfit.inputs.data import load_samples
@@ -27,8 +27,6 @@ from memfit.trace.prepare import prepare
 
 FAILURE = "rank-{rank}.failed.json"
 RESULT = "result.json"
-# How long a rank waits for the others in one exchange; loading a large model comes between two of them.
-PATIENCE = datetime.timedelta(minutes=30)
 
 
 def main(folder: Path, pilot: bool) -> int:
@@ -76,7 +74,7 @@ def job_of(folder: RunFolder, pilot: bool) -> Job:
             f"{recipe.data.train} has changed since {folder.plan} was written", "start the run again from its recipe"
         )
     materials = Materials(source, prepared.family, prepared.profile)
-    return Job(plan, materials, loaded.train, loaded.eval, folder, pilot)
+    return Job(plan, materials, loaded.train, loaded.eval, folder, pilot, loaded.most_pixels)
 
 
 def write_failure(path: Path, error: BaseException) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from rapidfuzz import process
 
 from memfit.errors import UserError
-from memfit.families import llava, minicpmv2, minicpmv4_6, minicpmv4_7, qwen2_5_vl, text
+from memfit.families import llava, minicpmv2, minicpmv4_6, minicpmv4_7, omnilmm, qwen2_5_vl, text
 from memfit.families.base import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -17,6 +17,7 @@ FAMILIES: tuple[Family, ...] = (
     minicpmv4_7.FAMILY,
     qwen2_5_vl.FAMILY,
     llava.FAMILY,
+    omnilmm.FAMILY,
     text.FAMILY,
     text.GPT2,
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from memfit.errors import UserError
 from memfit.specs.recipe import ImageBudget
 from memfit.specs.workload import ImageCost
 
@@ -28,6 +29,7 @@ class Images:
     `marker` is what a chat template that takes plain text only gets for a picture; empty means `image_token`.
     `newlines`: such a template gets pictures and words joined by newlines, one at each joint.
     `token_in_config`: config.json names the image token's id; otherwise only the tokenizer knows it.
+    `shared`: settings of the processor that config.json holds too and that must be the same there.
     """
 
     processor: str
@@ -41,6 +43,7 @@ class Images:
     marker: str = ""
     newlines: bool = False
     token_in_config: bool = True
+    shared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Family:
     `chat_template` is used when the tokenizer brings none. `forward_kwargs` go to every forward and generate call.
     `native`: the classes are memfit's own (`memfit.models`), as transformers has none.
     `unreached`: config -> name prefixes of parameters whose output the loss never sees: they get no gradient.
+    `forecast_only`: why models of this family are counted and traced but never loaded, encoded for or trained; empty
+    for all others.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Family:
     forward_kwargs: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
     native: bool = False
     unreached: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    forecast_only: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def part_of(self, parameter: str) -> str:
@@ -73,3 +79,11 @@ class Family:
             if parameter.startswith(prefix):
                 return part
         raise KeyError(f"{self.name}: no part owns {parameter!r}")
+
+    def refuse_to_run(self) -> None:
+        """UserError for a family that is forecast only."""
+        if self.forecast_only:
+            raise UserError(
+                f"{self.name} is forecast only. {self.forecast_only}",
+                "memfit estimate answers for it, with workload: {tokens: ..., images: ...} in place of data",
+            )

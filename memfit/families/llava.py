@@ -7,7 +7,7 @@ from typing import Any
 
 from memfit.errors import UserError
 from memfit.families.base import Family, Images
-from memfit.families.budget import pinned_knob
+from memfit.families.budget import pinned_knob, refuse_downsample_mode
 from memfit.specs.recipe import ImageBudget
 from memfit.specs.workload import ImageCost
 
@@ -102,6 +102,7 @@ def processor_settings(
 
     The cost of a picture is fixed by the model, so a budget can only be met or not.
     """
+    refuse_downsample_mode(budget, "the cost of every picture is fixed by this model", "image.downsample_mode: auto")
     kind = str(preprocessor.get("image_processor_type", "LlavaImageProcessor"))
     base = kind.removesuffix("Fast").removesuffix("Pil")
     if base not in PROCESSORS:

@@ -12,7 +12,7 @@ from typing import Any
 
 from memfit.errors import UserError
 from memfit.families.base import Family, Images
-from memfit.families.budget import pinned_knob
+from memfit.families.budget import pinned_knob, refuse_downsample_mode
 from memfit.specs.recipe import ImageBudget
 from memfit.specs.workload import ImageCost
 
@@ -191,6 +191,11 @@ def processor_settings(
         settings |= {name: asked[name] for name in DEFAULTS if asked.get(name) is not None}
     generation = generation_of(config) if config else "2.6"
     queries = query_num(config)
+    refuse_downsample_mode(
+        budget,
+        f"the {queries} queries that a crop becomes are fixed by the checkpoint",
+        "image.max_slices: N, which changes how many crops there are",
+    )
     _check_agreement(config, preprocessor)
     settings["query_num"] = queries
     settings["slices_wrapped"] = generation == "2.5"

@@ -183,7 +183,8 @@ def processor_settings(
 ) -> dict[str, Any]:
     """Explicit settings for MiniCPMV4_6ImageProcessorPil. The budget becomes `max_slice_nums`.
 
-    `downsample_mode` is the preprocessor's, else the model's: the same value goes to the model's forward.
+    `downsample_mode` is the budget's, else the preprocessor's, else the model's: the same value goes to the model's
+    forward.
     """
     if config.get("image_token_id") is None and config:
         raise UserError(
@@ -192,6 +193,8 @@ def processor_settings(
         )
     settings = {**DEFAULTS, "downsample_mode": config.get("downsample_mode") or DEFAULTS["downsample_mode"]}
     settings.update({name: value for name, value in preprocessor.items() if value is not None})
+    if budget.downsample_mode != "auto":
+        settings["downsample_mode"] = budget.downsample_mode
     if not settings["do_resize"]:
         raise UserError(
             "preprocessor_config.json: do_resize is false; pictures would not fall on the patch grid",
@@ -232,6 +235,14 @@ def forward_kwargs(config: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     return {"downsample_mode": settings.get("downsample_mode") or config.get("downsample_mode") or "16x"}
 
 
+def unreached(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """In 4x mode the window merger inside the tower is passed by: it gets no gradient.
+
+    Source: transformers.models.minicpmv4_6.modeling_minicpmv4_6:MiniCPMV4_6Model.get_image_features (use_vit_merger).
+    """
+    return ("model.vision_tower.vit_merger.",) if config.get("downsample_mode") == "4x" else ()
+
+
 IMAGES = Images(
     processor="MiniCPMV4_6ImageProcessorPil",
     rule=image_cost,
@@ -241,6 +252,7 @@ IMAGES = Images(
     # pixel_values [1, 3, patch, L]: one row for the whole batch (forward reads pixel_values[:1] only).
     batch={"pixel_values": ("cat", 3), "target_sizes": ("cat", 0)},
     tokens=TOKENS,
+    shared=("downsample_mode",),
 )
 
 FAMILY = Family(
@@ -258,6 +270,7 @@ FAMILY = Family(
     images=IMAGES,
     chat_template=CHATML.replace("IMAGE", "'<|image_pad|>'"),
     forward_kwargs=forward_kwargs,
+    unreached=unreached,
     sources={
         "parts": "transformers.models.minicpmv4_6.modeling_minicpmv4_6:MiniCPMV4_6ForConditionalGeneration",
         "images": "transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6:MiniCPMV4_6ImageProcessorPil",

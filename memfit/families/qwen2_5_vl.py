@@ -8,7 +8,7 @@ from typing import Any
 
 from memfit.errors import UserError
 from memfit.families.base import Family, Images
-from memfit.families.budget import WIDEST_RATIO, pinned_knob
+from memfit.families.budget import WIDEST_RATIO, pinned_knob, refuse_downsample_mode
 from memfit.specs.recipe import ImageBudget
 from memfit.specs.workload import ImageCost
 
@@ -92,6 +92,9 @@ def processor_settings(
     config: Mapping[str, Any], preprocessor: Mapping[str, Any], budget: ImageBudget
 ) -> dict[str, Any]:
     """Explicit settings for Qwen2VLImageProcessorPil. The budget becomes `size.longest_edge` (pixels, not a side)."""
+    refuse_downsample_mode(
+        budget, "this model always merges its patches in the same way", "image.max_tokens or image.max_pixels"
+    )
     settings = {**DEFAULTS, **{name: value for name, value in preprocessor.items() if value is not None}}
     settings["size"] = size = _compiled_size(preprocessor)
     settings.pop("min_pixels", None)

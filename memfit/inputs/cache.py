@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -35,13 +36,16 @@ def installed_versions() -> tuple[tuple[str, str], ...]:
 
     Without what names the build (2.13.0+cpu): the device that is traced is the recipe's, whatever torch was built for.
     """
-    versions = []
-    for name in ("torch", "transformers"):
-        try:
-            versions.append((name, importlib.metadata.version(name).partition("+")[0]))
-        except importlib.metadata.PackageNotFoundError:
-            versions.append((name, "none"))
-    return tuple(versions)
+    return tuple((name, _version(name)) for name in ("torch", "transformers"))
+
+
+@functools.cache
+def _version(name: str) -> str:
+    """Read once: a process keeps the packages that it started with."""
+    try:
+        return importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def profile_key(config: Mapping[str, Any], family_name: str) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from memfit.errors import UserError
 from memfit.families import family_for
 from memfit.families.base import Images
-from memfit.families.budget import pinned_knob
+from memfit.families.budget import picture_settings
 from memfit.inputs.chat import (
     ChatTemplate,
     Style,
@@ -81,23 +81,18 @@ class Encoder:
         budget = budget or ImageBudget()
         self.source = source
         self.family = family_for(source.config)
+        self.family.refuse_to_run()
         self.images = self.family.images
         self._budget_tokens = budget.max_tokens if isinstance(budget.max_tokens, int) else None
         self._tokenizer = load_tokenizer(source)
         self._names = special_names(source.tokenizer)
         add_missing_tokens(self._tokenizer, source.tokenizer, self._names.values())
         self._frames: dict[tuple[Any, ...], tuple[list[str], str]] = {}
-        self.processor_settings: dict[str, Any] = {}
+        self.processor_settings = picture_settings(self.family, source.config, source.preprocessor, budget)
         self.image_token: str | None = None
         self.image_token_id: int | None = None
         if self.images is not None:
-            self.processor_settings = self.images.budget(source.config, source.preprocessor, budget)
             self._read_image_token(source, self.images)
-        elif pinned_knob(budget) is not None:
-            name, value = pinned_knob(budget) or ("", 0)
-            raise UserError(
-                f"image.{name}: {value} has no effect: {source.name} takes no pictures", f"image.{name}: auto"
-            )
         self._specials = special_pattern(self._tokenizer, self._names.values())
         self._template = ChatTemplate(source.chat_template or self.family.chat_template or "", self._names)
         self._style: Style = content_style(self._template, self.image_token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from rapidfuzz import process
 
 from memfit.catalog.models import ModelRow, find_row, nearest_rows
 from memfit.errors import UserError
-from memfit.families import FAMILIES
+from memfit.families import FAMILIES, family_for
 
 # The files that planning and encoding read. Weights are fetched by `require_weights` only.
 SMALL_FILES = (
@@ -23,8 +24,11 @@ SMALL_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+# Weight files in transformers' order: a single file or the index of several; pickles are read as plain tensors only.
+FORMS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class ModelSource:
 
     `folder` is None when only a config.json was given, or the facts come from the catalogue's row `catalogued` (both
     enough to estimate). `preprocessor` is the image processor's
-    settings, empty without one. `weights` says whether safetensors files lie in the folder, `weight_bytes` their size
+    settings, empty without one. `weights` says whether all weight files lie in the folder, `weight_bytes` their size
     on disk. `overrides` is what `model_config` changed in `config`.
     """
 
@@ -109,8 +113,18 @@ def _cached_config(hub_id: str) -> Path | None:
     return config if config.is_file() else None
 
 
+def overridden(source: ModelSource, changes: Mapping[str, Any]) -> ModelSource:
+    """The same source with top-level values of its config changed, as `model_config` would."""
+    changes = {name: value for name, value in changes.items() if source.config.get(name) != value}
+    if not changes:
+        return source
+    config = _with_overrides(source.config, changes)
+    return dataclasses.replace(source, config=config, overrides={**source.overrides, **changes})
+
+
 def require_weights(source: ModelSource) -> ModelSource:
     """The same source with its weights on disk: fetched from the hub where they are missing. UserError otherwise."""
+    family_for(source.config).refuse_to_run()
     if source.weights and source.folder is not None:
         return source
     if source.folder is None:
@@ -119,25 +133,40 @@ def require_weights(source: ModelSource) -> ModelSource:
             "name a model folder or a hub id",
         )
     if source.hub_id is None:
-        other = next((p.name for suffix in ("*.bin", "*.pt", "*.gguf") for p in source.folder.glob(suffix)), None)
-        raise UserError(
-            f"no safetensors weights in {source.folder}" + (f" (only {other})" if other else ""),
-            "save the model with model.save_pretrained(folder), which writes safetensors",
-        )
+        raise _no_weights(source.folder)
     from huggingface_hub import constants, snapshot_download
 
     try:
         _require_network(constants.ENDPOINT)
         # Code that the checkpoint names is fetched to be written back beside what is tuned; memfit runs none of it.
         code = ("*.py", "assets/*") if source.config.get("auto_map") else ()
-        patterns = ["*.safetensors", _INDEX, *SMALL_FILES, *code]
-        folder = Path(snapshot_download(source.hub_id, allow_patterns=patterns))
+        for single, index in FORMS:
+            patterns = [f"*{Path(single).suffix}", index, *SMALL_FILES, *code]
+            folder = Path(snapshot_download(source.hub_id, allow_patterns=patterns))
+            if weight_names(folder):
+                break
     except Exception as error:
         raise _hub_error(source.hub_id, error) from error
     found = _read_folder(source.name, folder, source.hub_id, source.overrides)
     if not found.weights:
-        raise UserError(f"{source.hub_id} offers no safetensors weights", "choose a model that does")
+        raise UserError(f"{source.hub_id} offers no weights that memfit reads", "choose a model with safetensors")
     return found
+
+
+def _no_weights(folder: Path) -> UserError:
+    """What is missing in a folder without all of its weights."""
+    names = weight_names(folder)
+    gone = [name for name in names if not (folder / name).is_file()]
+    if gone:
+        return UserError(
+            f"{len(gone)} of {len(names)} weight files are not in {folder} (first: {gone[0]})",
+            "fetch the model again, or name the folder that is whole",
+        )
+    other = next((path.name for suffix in ("*.bin", "*.pt", "*.gguf") for path in folder.glob(suffix)), None)
+    return UserError(
+        f"no safetensors weights in {folder}" + (f" (only {other})" if other else ""),
+        "save the model with model.save_pretrained(folder), which writes safetensors",
+    )
 
 
 def _read_folder(name: str, folder: Path, hub_id: str | None, overrides: Mapping[str, Any]) -> ModelSource:
@@ -165,14 +194,20 @@ def _read_folder(name: str, folder: Path, hub_id: str | None, overrides: Mapping
 
 
 def _weights(folder: Path) -> tuple[bool, int]:
-    """(all safetensors files are there, their bytes on disk)."""
-    if (folder / _INDEX).is_file():
-        names = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
-        files = [folder / name for name in names]
-    else:
-        files = [folder / _SINGLE]
-    sizes = [file.stat().st_size for file in files if file.is_file()]
+    """(all weight files are there, their bytes on disk)."""
+    files = weight_names(folder)
+    sizes = [(folder / name).stat().st_size for name in files if (folder / name).is_file()]
     return bool(files) and len(sizes) == len(files), sum(sizes)
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The weight files that a folder holds or its index names; safetensors before pickles, as transformers reads."""
+    for single, index in FORMS:
+        if (folder / single).is_file():
+            return [single]
+        if (folder / index).is_file():
+            return sorted(set(_read_json(folder / index).get("weight_map", {}).values()))
+    return []
 
 
 def _chat_template(folder: Path, processor: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> str | None:

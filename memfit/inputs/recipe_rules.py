@@ -11,6 +11,8 @@ from memfit.units import parse_bytes
 
 _LAST_N = re.compile(r"^last-([1-9][0-9]*)$")
 _EVERY_N = re.compile(r"^every-([1-9][0-9]*)$")
+_PISSA_N = re.compile(r"^pissa_niter_[1-9][0-9]*$")
+LORA_INITS = ("default", "gaussian", "pissa", "olora", "orthogonal")
 PART_MODES = ("frozen", "lora", "full")
 CHECKPOINTING = ("none", "full", "selective")
 CHECKPOINTED_PARTS = ("vision", "connector", "language")
@@ -69,6 +71,13 @@ def _learning_rates(recipe: Recipe) -> Iterator[str]:
             yield f"{key}: {value} must be at least 0"
 
 
+def _lora_init(recipe: Recipe) -> Iterator[str]:
+    """What `peft.LoraConfig(init_lora_weights)` does without a look at data or weights that are not there yet."""
+    if recipe.lora.init not in LORA_INITS and not _PISSA_N.match(recipe.lora.init):
+        allowed = f"{', '.join(LORA_INITS)} or pissa_niter_N (such as pissa_niter_4)"
+        yield f"lora.init: {recipe.lora.init!r} is not allowed, expected {allowed}"
+
+
 def _parts(recipe: Recipe) -> Iterator[str]:
     for part, mode in recipe.parts.items():
         if mode not in PART_MODES and not _LAST_N.match(mode):
@@ -87,7 +96,8 @@ def _checkpointing(recipe: Recipe) -> Iterator[str]:
 
 
 def _one_image_knob(recipe: Recipe) -> Iterator[str]:
-    pinned = [f"image.{name}" for name, value in vars(recipe.image).items() if value != "auto"]
+    knobs = {name: value for name, value in vars(recipe.image).items() if name != "downsample_mode"}
+    pinned = [f"image.{name}" for name, value in knobs.items() if value != "auto"]
     if len(pinned) > 1:
         yield f"{' and '.join(pinned)}: one image budget at a time; keep one and leave the others auto"
 
@@ -120,6 +130,7 @@ def _sizes(recipe: Recipe) -> Iterator[str]:
 _RULES: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _numbers,
     _learning_rates,
+    _lora_init,
     _parts,
     _checkpointing,
     _one_image_knob,

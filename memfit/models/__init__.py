@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from memfit.families.minicpmv2 import FAMILY as MINICPMV2
+from memfit.families.omnilmm import FAMILY as OMNILMM
 from memfit.units import gib
 
 # model types that transformers does not know until `register()` is called
-NATIVE = MINICPMV2.model_types
+NATIVE = (*MINICPMV2.model_types, *OMNILMM.model_types)
 
 
 def register() -> None:
@@ -22,7 +23,9 @@ def register() -> None:
     Safe to call again. Afterwards `AutoModel.from_pretrained(folder_or_hub_id)` needs no `trust_remote_code`.
     """
     import transformers
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+    from memfit.models import omnilmm
     from memfit.models.minicpmv.configuration import MiniCPMOConfig, MiniCPMVConfig
     from memfit.models.minicpmv.model import MiniCPMO, MiniCPMV
     from memfit.models.minicpmv.processor import MiniCPMOProcessor, MiniCPMVImageProcessor, MiniCPMVProcessor
@@ -38,6 +41,11 @@ def register() -> None:
             config, image_processor_classes={"pil": MiniCPMVImageProcessor}, exist_ok=True
         )
         transformers.AutoProcessor.register(config, processor, exist_ok=True)
+        # tokenizer_config.json names a class of the repository's own code (MiniCPMVTokenizerFast), which adds names of
+        # special tokens and nothing to ids; without a class registered here transformers would want to run that code.
+        transformers.AutoTokenizer.register(config, fast_tokenizer_class=TokenizersBackend, exist_ok=True)
+    transformers.AutoConfig.register(omnilmm.OmniLMMConfig.model_type, omnilmm.OmniLMMConfig, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(omnilmm.OmniLMMConfig, omnilmm.OmniLMM, exist_ok=True)
 
 
 def image_processor(name: str) -> Any:

@@ -13,10 +13,11 @@ from pathlib import Path
 from memfit.errors import UserError
 from memfit.monitor.canvas import FAINT, INK, PAPER, Canvas, text_width
 from memfit.monitor.charts import nice_ticks
-from memfit.planner.activations import known_phases, process_bytes
+from memfit.planner.activations import known_phases
 from memfit.planner.estimate import capacity_bytes, states_place
 from memfit.planner.estimate_text import estimate_text
 from memfit.planner.groups import GROUPS, alive_at, group_of, group_sums, is_state
+from memfit.planner.verdict import process_bytes
 from memfit.specs.ledger import PHASES, Term
 from memfit.specs.plan import Forecast
 from memfit.specs.trace import TRACED_PHASES, Moment

@@ -93,11 +93,11 @@ def _prepare(events: Iterable[EventRow], options: AllocatorOptions) -> list[_Ste
     alive: dict[int, tuple[int, int]] = {}
     slots = 0
     for position, event in enumerate(events):
-        if isinstance(event, MemoryEvent):
-            kind, key, size, stream = event.kind, event.key, event.bytes, event.stream
-        else:
+        if isinstance(event, tuple):
             kind, key, size = event[:3]
             stream = 0
+        else:
+            kind, key, size, stream = event.kind, event.key, event.bytes, event.stream
         if kind == "alloc":
             if key in alive or size < 0:
                 why = "is alive already" if key in alive else f"has {size} bytes"

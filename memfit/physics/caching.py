@@ -135,8 +135,10 @@ class CachingAllocator:
         """Back into its pool, joined with free neighbours (`free_block`)."""
         self.allocated -= block.size
         block.allocated = False
-        self._absorb(block, block.prev)
-        self._absorb(block, block.next)
+        if block.prev is not None and not block.prev.allocated:
+            self._absorb(block, block.prev)
+        if block.next is not None and not block.next.allocated:
+            self._absorb(block, block.next)
         block.pool.insert(block)
 
     def empty_cache(self) -> None:

@@ -91,10 +91,13 @@ class _Flow:
             if not engine.reduce_late:
                 self._into_bucket(one)
 
-    def _make_partition(self) -> None:
+    def _make_partition(self) -> int:
+        """Bytes that the buffer for the own share takes from now on and did not before."""
+        before = self.now["partition"]
         if self.engine.partition_ways:
             # Gradients of a later micro-batch are summed up from a buffer of their own.
             self.now["partition"] = self.accumulated + self.partition
+        return self.now["partition"] - before
 
     def _into_bucket(self, one: Arrival) -> None:
         """The new gradient exists beside those that wait, the bucket, and the copy that reducing a full one makes."""
@@ -112,13 +115,16 @@ class _Flow:
             self.now["waiting"], self.moment["waiting"] = one.bytes, self.moment["waiting"] - one.bytes
 
     def _flush(self) -> None:
-        """Reduce what the bucket holds; the buffer of the own share is made when there is something to put in."""
+        """Reduce what the bucket holds; the buffer of the own share is made when there is something to put in.
+
+        It comes when the copy has gone, so that beside a new buffer the copy is only what it is larger by.
+        Source: deepspeed.runtime.zero.stage_1_and_2: reduce_ipg_grads (average_tensor, then copy_grads_in_partition).
+        """
         rule = self.engine.copy_when
-        if self.filled:
-            self._make_partition()
+        made = self._make_partition() if self.filled else 0
         uneven = self.count > 1 or self.filled % self.engine.ranks > 0
         if self.filled and ((rule == "uneven" and uneven) or (rule == "spans-ranks" and len(self.ranks) > 1)):
-            self.moment["copy"] = max(self.moment.get("copy", 0), self.filled * self.engine.bucket_width)
+            self.moment["copy"] = max(self.moment.get("copy", 0), self.filled * self.engine.bucket_width - made)
         if self.engine.norm_width:
             self.moment["norm"] = max(self.moment.get("norm", 0), self.largest * self.engine.norm_width)
         self.filled = self.count = self.largest = self.now["waiting"] = 0

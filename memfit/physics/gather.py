@@ -23,6 +23,7 @@ class _Gathered:
     waited: set[int] = field(default_factory=set)
     handle_of: dict[int, int] = field(default_factory=dict)
     handles: dict[int, tuple[int, set[int]]] = field(default_factory=dict)
+    made: int = 0
     available: int = 0
     held: int = 0
     peak: int = 0
@@ -42,21 +43,27 @@ class _Gathered:
         if len(missing) == 1:
             self.waited.add(missing[0])
         else:
-            number = missing[0] + len(self.elements) * (1 + len(self.handles))
-            self.handles[number] = (size, set(missing))
-            self.handle_of.update(dict.fromkeys(missing, number))
+            self.made += 1
+            self.handles[self.made] = (size, set(missing))
+            self.handle_of.update(dict.fromkeys(missing, self.made))
         self.peak = max(self.peak, self.held)
 
     def wait(self, wanted: Sequence[int]) -> None:
-        """Parameters leave the flat buffer one by one, which goes when the last has left."""
+        """Waiting for one parameter copies all of its collective out of the flat buffer; the buffer goes when each of
+        them was waited for by a module of its own.
+
+        Source: deepspeed.runtime.zero.partition_parameters:AllGatherCoalescedHandle.wait, whose handle the registry of
+        PartitionedParameterCoordinator keeps for every parameter until its module comes.
+        """
         for p in wanted:
-            if p in self.waited or p not in self.whole:
+            number = self.handle_of.pop(p, None)
+            if number is None:
                 continue
-            self.waited.add(p)
-            self.held += self.bytes_of[p]
-            self.peak = max(self.peak, self.held)
-            number = self.handle_of.pop(p)
             size, left = self.handles[number]
+            if p not in self.waited:
+                self.waited |= left
+                self.held += size
+                self.peak = max(self.peak, self.held)
             left.discard(p)
             if not left:
                 self.held -= size

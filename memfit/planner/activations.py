@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from memfit.physics.engine import peak_places
 from memfit.planner.engine_stages import Stages
-from memfit.planner.estimate import capacity_bytes, states_place
+from memfit.planner.estimate import states_place
 from memfit.planner.host_terms import PROCESS_PART, host_terms, node_figures
 from memfit.planner.interval import interval_of
+from memfit.planner.verdict import with_verdict
 from memfit.specs.ledger import PHASES, Ledger, Place, Term
-from memfit.specs.plan import Forecast, Interval, Reserved
+from memfit.specs.plan import Forecast, Interval, Reserved, Speed
 from memfit.specs.trace import TRACED_PHASES, PeakRow, StepTrace
+from memfit.specs.workload import LoaderLoad
 
 # What a trace answers, in the words of `Ledger.missing`.
 ANSWERED = (
@@ -54,12 +56,17 @@ class Peak:
 
 
 def with_trace(
-    forecast: Forecast, trace: StepTrace, reserved: Reserved | None = None, stages: Stages | None = None
+    forecast: Forecast,
+    trace: StepTrace,
+    reserved: Reserved | None = None,
+    stages: Stages | None = None,
+    load: LoaderLoad | None = None,
 ) -> Forecast:
     """The forecast with the terms of a traced micro-batch, its peaks, and the verdict that follows.
 
     `reserved` is what the allocator's replay of the same step gave; None on CPU ranks, which have no such allocator.
     `stages` is what the engine does meanwhile; without it the trace's own peaks stand and evaluation stays unknown.
+    `load` is what the data make of the loader; without it the traced batch stands in.
     """
     ranks = 1 if states_place(forecast.hardware) == "gpu" else forecast.hardware.gpus_per_node
     kept = [_outside_traced_phases(term) for term in forecast.ledger.terms]
@@ -74,11 +81,19 @@ def with_trace(
     if stages is None:
         missing = (*missing, "evaluation and saving beyond states")
     else:
-        terms += host_terms(stages.counting, trace)
+        terms += host_terms(stages.counting, trace, load)
         node = node_figures(stages.counting, Ledger(tuple(terms)))
     ledger = Ledger(tuple(terms), missing)
     traced = dataclasses.replace(forecast, ledger=ledger, trace=trace, reserved=reserved, node=node)
-    return _with_verdict(dataclasses.replace(traced, interval=_interval(traced)))
+    return with_verdict(dataclasses.replace(traced, interval=_interval(traced)))
+
+
+def with_speed(forecast: Forecast, speed: Speed | None) -> Forecast:
+    """The forecast with its speed; None where work or rates are not known, which stays among what is missing."""
+    if speed is None:
+        return forecast
+    missing = tuple(words for words in forecast.ledger.missing if words != "speed")
+    return dataclasses.replace(forecast, speed=speed, ledger=Ledger(forecast.ledger.terms, missing))
 
 
 def peaks_of(stages: Stages) -> tuple[Peak, ...]:
@@ -134,14 +149,6 @@ def peak_of(forecast: Forecast) -> tuple[str, int] | None:
     known = {phase: sizes[phase] for phase in known_phases(forecast)}
     phase = max(known, key=lambda name: known[name])
     return phase, known[phase]
-
-
-def process_bytes(forecast: Forecast) -> int | None:
-    """What the GPU's process takes: the allocator's segments and what lies outside them. None without a replay."""
-    if forecast.reserved is None:
-        return None
-    outside = sum(term.bytes for term in forecast.ledger.terms if term.place in {"context", "comm"})
-    return forecast.reserved.peak_reserved + outside
 
 
 def _outside_traced_phases(term: Term) -> Term:
@@ -219,20 +226,6 @@ def _interval(forecast: Forecast) -> Interval | None:
     places = {place, "allocator", "context", "comm"} if forecast.hardware.gpu else {place}
     alive = [term for term in forecast.ledger.terms if term.place in places and peak[0] in term.alive]
     return interval_of([term for term in alive if term.part != PROCESS_PART], here=forecast.hardware.gpu is None)
-
-
-def _with_verdict(forecast: Forecast) -> Forecast:
-    """Fits where the replay succeeds on the card, the process stays within it and the node's memory holds its share."""
-    hardware, node = forecast.hardware, forecast.node
-    if node is not None and hardware.host_memory_bytes is not None and node.peak_bytes > hardware.host_memory_bytes:
-        return dataclasses.replace(forecast, fits=False, verdict="does-not-fit")
-    capacity, process = capacity_bytes(hardware), process_bytes(forecast)
-    if forecast.fits is False or capacity is None or process is None or forecast.reserved is None:
-        return forecast
-    if process > capacity or not forecast.reserved.runs:
-        return dataclasses.replace(forecast, fits=False, verdict="does-not-fit")
-    close = forecast.interval is not None and forecast.interval.high_bytes > capacity
-    return dataclasses.replace(forecast, fits=True, verdict="borderline" if close else "fits")
 
 
 def phase_table(forecast: Forecast) -> Mapping[str, int | None]:

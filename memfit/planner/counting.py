@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memfit.catalog.methods import METHODS, QuantRow
-from memfit.catalog.optimizers import OPTIMIZERS, OptimizerRow, is_paged, state_bytes, state_rule_text
+from memfit.catalog.optimizers import (
+    CHANCE_BYTES,
+    CHANCE_CHUNK,
+    CHANCE_WIDTH,
+    OPTIMIZERS,
+    OptimizerRow,
+    is_paged,
+    rounds_by_chance,
+    state_bytes,
+    state_formula,
+)
 from memfit.catalog.precisions import PRECISIONS, PrecisionRow, precision_under
 from memfit.physics.memory import (
     ALWAYS,
@@ -20,6 +30,7 @@ from memfit.physics.memory import (
     numel,
     packed_bytes,
     scale_bytes,
+    share,
     state_terms,
 )
 from memfit.planner.defaults import micro_batches
@@ -231,6 +242,8 @@ class Counting:
 
     def step_terms(self) -> list[Term]:
         """What lives only during the optimizer's step. Groups of parameters are stepped in turn: the largest counts."""
+        if rounds_by_chance(self.optimizer.name, self.precision.name):
+            return self._chance_terms()
         # Without a GPU torch takes one tensor at a time (torch.optim.optimizer:_default_to_fused_or_foreach), and what
         # is offloaded is stepped in host memory by an optimizer without temporaries.
         if self.optimizer.step_temporary != "state-copy" or not self.hardware.gpu or self.site.homes:
@@ -239,6 +252,24 @@ class Counting:
         formula = f"{count:,} second moments of the largest group x {size // max(count, 1)} B"
         term = self.term("step.foreach", "square roots of the second moments", part, size, self.optimizer.source)
         return [dataclasses.replace(term, alive=("step",), formula=formula)] if size else []
+
+    def _chance_terms(self) -> list[Term]:
+        """A chunk of bf16 weights in fp32, while it is stepped and rounded by chance."""
+        if self.site.homes:
+            return []
+        sizes = [0]
+        for group in self.groups:
+            for role, rows in roles_of(group):
+                if self.stepped_width(role) == CHANCE_WIDTH:
+                    own = [numel([shape]) for shape in self.local(shapes(rows), self.layout.split_optimizer)]
+                    # ZeRO makes one tensor of all; others step one at a time.
+                    sizes.append(sum(own) if self.layout.engine.step_copy_widths else max(own, default=0))
+        most = max(sizes)
+        count = min(CHANCE_CHUNK, most)
+        source = "memfit.engine.stochastic:StochasticAdamW"
+        term = self.term("step.chance", "weights in fp32 to be rounded", "engine", count * CHANCE_BYTES, source)
+        term = dataclasses.replace(term, alive=("step",), formula=f"{count:,} elements at once x {CHANCE_BYTES} B")
+        return [term] if count else []
 
     def term(self, name_id: str, name: str, part: str, size: int, source: str) -> Term:
         """A term that lives in every phase."""
@@ -345,7 +376,7 @@ class Counting:
             sizes["paged" if is_paged(row, shape) else "optimizer"] += state_bytes(row, shape, width, kind)
         scalars = self._scalars(slot, len(local))
         sizes["optimizer"] += 4 * scalars
-        formula = f"{row.moments} states of {numel(local):,} parameters, {state_rule_text(row, width)}"
+        formula = state_formula(row, local, kinds, width)
         return {**sizes, "optimizer_formula": formula + (f" + {scalars:,} scalars x 4 B" if scalars else "")}
 
     def quant_terms(self, group: PartGroup) -> list[Term]:
@@ -354,15 +385,16 @@ class Counting:
         if quant is None or not counts:
             return []
         each = [scale_bytes(n, quant.block, quant.scale_bytes, quant.nested_block, quant.nested_bytes) for n in counts]
+        size, names = quant.code_bytes * len(counts), f"of the 4-bit weights, {group.part}"
+        blocks = sum(share(count, quant.block) for count in counts)
+        nested = sum(each) - blocks * quant.scale_bytes
+        formula = f"{blocks:,} blocks of {quant.block} weights x {quant.scale_bytes} B"
+        formula += f" + {nested:,} B for the scales' own" if nested else ""
+        absmax = self.term("quant.absmax", f"scales {names}", group.part, sum(each), quant.source)
+        code = self.term("quant.code", f"code books {names}", group.part, size, quant.source)
         return [
-            self.term(
-                "quant.absmax", f"scales of the 4-bit weights, {group.part}", group.part, sum(each), quant.source
-            ),
-            self.term(
-                "quant.code",
-                f"code books of the 4-bit weights, {group.part}",
-                group.part,
-                quant.code_bytes * len(counts),
-                quant.source,
+            dataclasses.replace(absmax, formula=absmax.formula.replace(f"{sum(each):,} B", formula)),
+            dataclasses.replace(
+                code, formula=code.formula.replace(f"{size:,} B", f"{len(counts):,} x {quant.code_bytes} B")
             ),
         ]

@@ -6,7 +6,7 @@ Facts of compatibility stand on the rows (`runs_on`, `needs_gpu`); they are chec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from memfit.catalog.methods import METHODS
@@ -14,11 +14,11 @@ from memfit.catalog.optimizers import OPTIMIZERS, find_optimizer
 from memfit.catalog.precisions import PRECISIONS, ZERO, find_precision, nearest_precision, supported
 from memfit.errors import UserError
 from memfit.families.base import Family
-from memfit.planner.parts import resolve_with_problems
+from memfit.planner.parts import ResolvedParts, parameter_groups, resolve_with_problems
 from memfit.planner.problems import Problem, as_error, listed
 from memfit.specs.hardware import Hardware
 from memfit.specs.profile import Profile
-from memfit.specs.recipe import HardwareKeys, Levers, PartName, Recipe
+from memfit.specs.recipe import HardwareKeys, Levers, PartName, Recipe, WorkloadKeys
 from memfit.specs.workload import Workload
 from memfit.strategies import STRATEGIES
 
@@ -27,6 +27,9 @@ AUTO = "auto"
 USUAL_BATCH = 32
 # FlashAttention-2 needs Ampere or newer. Source: its README, "NVIDIA CUDA Support".
 FLASH_CAPABILITY = 8.0
+# Modules of linear attention. Source: transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer.linear_attn.
+LINEAR_ATTENTION = ".linear_attn."
+BIAS_IN_PLACE = "zero3-linear"  # the row of memfit.trace.cuda.ROWS
 
 
 def resolve(
@@ -43,13 +46,20 @@ def resolve(
     if not problems:
         levers = _levers(recipe, hardware, defaults)
         problems += _lever_problems(recipe, levers, hardware)
+        problems += _bias_problems(levers, profile)
+        problems += _model_problems(recipe, levers, family, profile)
     batch = _batch(recipe, levers, hardware, defaults, problems)
     resolved, part_problems = resolve_with_problems(recipe, family, profile)
     problems += part_problems
+    if not part_problems:
+        problems += _rate_problems(recipe, profile, resolved)
     if problems:
         raise as_error(problems)
     if recipe.hardware == AUTO and hardware.detected:
         defaults.append("hardware")
+    stated = recipe.hardware if isinstance(recipe.hardware, HardwareKeys) else None
+    if stated and stated.host_memory is None and hardware.host_memory_bytes is not None:
+        defaults.append("hardware.host_memory")
     if recipe.workload == AUTO and (workload is None or workload.source == "default"):
         defaults.append("workload")
     effective = dataclasses.replace(
@@ -80,7 +90,7 @@ def _unknown_rows(recipe: Recipe) -> Iterator[Problem]:
             try:
                 find(name)
             except UserError as error:
-                yield f"levers.{error.problem.removeprefix('unknown ')}", error.hint
+                yield f"levers.{error.problem.removeprefix('unknown ')} is unknown", error.hint
 
 
 def _levers(recipe: Recipe, hardware: Hardware, defaults: list[str]) -> Levers:
@@ -155,12 +165,28 @@ def _lever_problems(recipe: Recipe, levers: Levers, hardware: Hardware) -> Itera
     for what, needs_gpu, hint in gpu_only:
         if needs_gpu and hardware.gpu is None:
             yield f"{what} needs a GPU, and {hardware.text} has none", hint
+    if levers.attention == "flash" and PRECISIONS[str(levers.precision)].compute == "float32":
+        # flash_attn.flash_attn_interface: its kernels take fp16 and bf16 only.
+        yield (
+            f"levers.attention: flash computes in 16 bit only, and levers.precision is {levers.precision}",
+            "levers.attention: sdpa, or levers.precision: bf16-amp",
+        )
     if levers.attention == "flash" and hardware.gpu and _capability(hardware) < FLASH_CAPABILITY:
         yield (
             f"levers.attention: flash needs compute capability {FLASH_CAPABILITY:.0f}.0, "
             f"{hardware.gpu.name} has {hardware.gpu.compute_capability}",
             "levers.attention: sdpa",
         )
+
+
+def lever_problems(recipe: Recipe, hardware: Hardware) -> list[Problem]:
+    """What does not go together in a recipe whose levers have values all, beside `bias_problems`."""
+    return list(_lever_problems(recipe, recipe.levers, hardware))
+
+
+def bias_problems(levers: Levers, profile: Profile) -> list[Problem]:
+    """What selective checkpointing would spoil in this model under this layout."""
+    return list(_bias_problems(levers, profile))
 
 
 def _parallel_problems(levers: Levers, hardware: Hardware) -> Iterator[Problem]:
@@ -188,6 +214,11 @@ def _parallel_problems(levers: Levers, hardware: Hardware) -> Iterator[Problem]:
 def _offload_problems(levers: Levers, hardware: Hardware) -> Iterator[Problem]:
     """Who can put what where stands on the strategies' rows."""
     strategy = STRATEGIES.get(levers.parallel)
+    if levers.offload == "none" and levers.offload_to == "nvme":
+        yield (
+            "levers.offload_to: nvme, but levers.offload is none, so that nothing goes there",
+            "levers.offload: optimizer with levers.parallel: zero3, or levers.offload_to: host",
+        )
     if levers.offload == "none" or strategy is None:
         return
     wanted = (levers.offload, levers.offload_to)
@@ -202,6 +233,66 @@ def _offload_problems(levers: Levers, hardware: Hardware) -> Iterator[Problem]:
         yield (
             f"levers.offload: {levers.offload} steps in host memory, where {row.name} does not run",
             "levers.optimizer: adamw",
+        )
+
+
+def _model_problems(recipe: Recipe, levers: Levers, family: Family, profile: Profile) -> Iterator[Problem]:
+    """What a recipe asks of a model that has no such thing: left alone, it would silently not be in effect."""
+    if levers.linear_attention == "fla" and not any(LINEAR_ATTENTION in row.name for row in profile.parameters):
+        yield (
+            f"levers.linear_attention: fla, but a {profile.model_type} model has no linear-attention layers",
+            "levers.linear_attention: reference",
+        )
+    images = recipe.workload.images if isinstance(recipe.workload, WorkloadKeys) else None
+    if images and family.images is None:
+        yield (
+            f"workload.images: {images}, but a {profile.model_type} model takes no pictures",
+            "leave out workload.images",
+        )
+
+
+def _rate_problems(recipe: Recipe, profile: Profile, resolved: ResolvedParts) -> Iterator[Problem]:
+    """Rates by part must name every part that learns, and no part that the model has not."""
+    rates = recipe.schedule.learning_rate
+    if not isinstance(rates, Mapping):
+        return
+    learning = [group.part for group in parameter_groups(profile, resolved, recipe.lora) if group.trainable_numel]
+    named = list(map(str, rates))
+    for part in named:
+        if part not in resolved.modes:
+            parts = listed(list(resolved.modes), "and")
+            yield (
+                f"schedule.learning_rate.{part}: a {profile.model_type} model has {parts}, no {part} part",
+                f"leave out schedule.learning_rate.{part}",
+            )
+    missing = [part for part in learning if part not in named]
+    if missing:
+        learns = "which learns" if len(missing) == 1 else "which learn"
+        yield (
+            f"schedule.learning_rate names no rate for {listed(missing, 'and')}, {learns}",
+            f"add schedule.learning_rate.{missing[0]}, or set parts.{missing[0]}: frozen",
+        )
+
+
+def _bias_problems(levers: Levers, profile: Profile) -> Iterator[Problem]:
+    """ZeRO-3's Linear adds its bias to the product in place. Selective checkpointing keeps that product, and the second
+    forward adds the bias once more: gradients come out wrong without a word (a test compares them)."""
+    chosen, strategy = levers.checkpointing, STRATEGIES.get(levers.parallel)
+    if strategy is None or BIAS_IN_PLACE not in strategy.replaces:
+        return
+    found = [
+        row.name
+        for row in profile.parameters
+        if (chosen.get(cast(PartName, row.part)) if isinstance(chosen, Mapping) else chosen) == "selective"
+        and row.kind == "linear"
+        and row.block is not None
+        and row.name == f"{row.module}.bias"
+    ]
+    if found:
+        yield (
+            f"levers.checkpointing: selective under {levers.parallel} adds the bias of {len(found)} layers twice "
+            f"({found[0]} ...), and their gradients are wrong",
+            "levers.checkpointing: full",
         )
 
 

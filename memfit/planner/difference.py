@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from memfit.planner.activations import peak_of, phase_table, process_bytes
+from memfit.planner.activations import peak_of, phase_table
 from memfit.planner.estimate import capacity_bytes, states_place
+from memfit.planner.verdict import process_bytes
 from memfit.specs.difference import Difference, KeyChange, RunFacts, TermChange
 from memfit.specs.ledger import Term
 from memfit.specs.plan import Forecast

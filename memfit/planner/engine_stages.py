@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +12,13 @@ from memfit.physics.gather import ROOT, BlockVisit, by_block, by_module
 from memfit.physics.memory import local_shapes, numel
 from memfit.planner.counting import Counting, roles_of
 from memfit.planner.engine_terms import gathered_width, whole_rows
+from memfit.specs.engine_numbers import EngineNumbers
 from memfit.specs.stretch import Stretch
 
+# DoRA's module reads the weight of the layer beside it, and the engine gathers that for it from then on.
+# Source: peft.tuners.lora.dora:DoraLinearLayer.forward; deepspeed.runtime.zero.parameter_offload:ZeROOrderedDict, which
+# registers what a module reads and does not own.
+READS_WEIGHT = ".lora_magnitude_vector"
 _ADAPTER_ENDINGS = (".default.weight", ".default", ".weight")
 
 
@@ -44,7 +50,7 @@ class Stages:
         tied: Mapping[str, str] | None = None,
     ) -> None:
         self.counting, self.stretches, self.blocks, self.tied = counting, stretches, blocks, tied or {}
-        self.engine = counting.layout.engine
+        self.engine = _beside_computation(counting)
 
     @cached_property
     def pieces(self) -> dict[str, list[int]]:
@@ -159,6 +165,9 @@ class Stages:
                 # An adapter's matrices are modules of their own.
                 inside[one.module].remove(one.number)
                 inside[name] = [one.number]
+                beside = self.parameters.get(f"{one.module}.weight")
+                if name.endswith(READS_WEIGHT) and beside is not None:
+                    inside[name].append(beside.number)
         for module, owner in self.tied.items():
             if owner in self.parameters:
                 inside.setdefault(module, []).append(self.parameters[owner].number)
@@ -190,6 +199,14 @@ class Stages:
         ]
         order = [sizes.get(unit, 0) for unit in range(len(self._unit_numbers))]
         return by_block(visits, order, sizes.get(ROOT, 0), self.engine)
+
+
+def _beside_computation(counting: Counting) -> EngineNumbers:
+    """The engine where the micro-batch runs: shares of gradients that live elsewhere keep nothing there. Between CPU
+    ranks and host memory there is no elsewhere: their shares stay in the memory that the activations are in."""
+    engine, place = counting.layout.engine, counting.site.place
+    moved = engine.keep_ways > 1 and counting.site.homes.get("gradients", place) != place
+    return dataclasses.replace(engine, keep_ways=0) if moved else engine
 
 
 def plain_name(name: str) -> str:

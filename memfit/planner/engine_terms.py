@@ -9,6 +9,7 @@ from memfit.physics.memory import numel, share
 from memfit.physics.pinned import pinned_bytes
 from memfit.planner.counting import Counting, roles_of
 from memfit.planner.parts import shapes
+from memfit.specs.engine_numbers import EngineNumbers
 from memfit.specs.ledger import PHASES, Term
 from memfit.specs.profile import ParameterRow
 from memfit.units import DTYPE_BYTES
@@ -46,38 +47,53 @@ def gathered_width(counting: Counting, role: str) -> int:
     return min(compute, counting.width(role)) if counting.layout.engine.gather == "block" else counting.width(role)
 
 
+def bucket_bytes(engine: EngineNumbers) -> int:
+    """Bytes of all reduce buckets of one rank."""
+    return engine.buckets * engine.bucket_elements * engine.bucket_width
+
+
 def _named(counting: Counting, ending: str, name: str, size: int, alive: Sequence[str] = ()) -> Term:
     part = "engine"
     term = counting.term(f"{counting.layout.name}.{ending}", name, part, size, counting.layout.source)
     return dataclasses.replace(term, alive=tuple(alive)) if alive else term
 
 
+def _told(term: Term, formula: str) -> Term:
+    """The term with the sum behind its bytes; how many ranks share the place stays at the end."""
+    _, times, ranks = term.formula.partition(" x ")
+    return dataclasses.replace(term, formula=f"({formula}){times}{ranks}" if times else formula)
+
+
 def _buffers(counting: Counting) -> Iterator[Term]:
     engine = counting.layout.engine
     if engine.bucket_stays:
-        size = engine.buckets * engine.bucket_elements * engine.bucket_width
+        size = bucket_bytes(engine)
         term = _named(counting, "reduce_bucket", "reduce bucket", size)
-        yield dataclasses.replace(term, formula=f"{engine.bucket_elements:,} elements x {engine.bucket_width} B")
+        yield _told(term, f"{engine.buckets} x {engine.bucket_elements:,} elements x {engine.bucket_width} B")
     if engine.gather == "module":
         small = [
             (row.numel, width) for row, width, _ in whole_rows(counting) if row.numel <= engine.persistent_elements
         ]
         size = sum(count * width for count, width in small)
-        words = f"{len(small):,} parameters of at most {engine.persistent_elements:,} elements, whole on every rank"
+        elements = {one: sum(count for count, own in small if own == one) for one in dict.fromkeys(w for _, w in small)}
+        words = " + ".join(f"{count:,} elements x {width} B" for width, count in elements.items())
+        words += f", the {len(small):,} parameters of at most {engine.persistent_elements:,} elements"
         # Split for the step, and gathered again after it (stage3: _partition_all_parameters, _post_step).
         alive = [phase for phase in PHASES if phase != "step"]
         term = _named(counting, "weights.persistent", "parameters never split", size, alive)
-        yield dataclasses.replace(term, formula=words)
+        yield _told(term, words)
     if engine.largest_gradient_buffers:
-        size = engine.largest_gradient_buffers * _largest(counting, learning=True)
-        yield _named(counting, "offload_gradient_buffer", "the largest gradient on its way to the host", size)
+        largest, words = _largest(counting, learning=True)
+        size = engine.largest_gradient_buffers * largest
+        term = _named(counting, "offload_gradient_buffer", "the largest gradient on its way to the host", size)
+        yield _told(term, f"{engine.largest_gradient_buffers} x {words}")
 
 
 def _load(counting: Counting) -> Iterator[Term]:
     """Stages 1 and 2 flatten each group beside its tensors; its master copy comes after that, so the larger counts."""
     engine = counting.layout.engine
     if engine.load_copies:
-        sizes = [0]
+        sizes, words = [0], ["0 B"]
         for group in counting.groups:
             whole = sum(numel(shapes(rows)) * counting.width(role) for role, rows in roles_of(group))
             own = sum(
@@ -85,10 +101,14 @@ def _load(counting: Counting) -> Iterator[Term]:
                 for role, rows in roles_of(group)
             )
             sizes.append(engine.load_copies * whole - own)
+            words.append(f"{engine.load_copies} x {whole:,} B - {own:,} B")
         size = max(0, sum(sizes) if counting.one_group else max(sizes))
-        yield _named(counting, "flatten", "what learns, flattened beside itself", size, ("load",))
+        told = [text for text, part in zip(words, sizes, strict=True) if part]
+        formula = " + ".join(told) if counting.one_group else words[sizes.index(max(sizes))]
+        yield _told(_named(counting, "flatten", "what learns, flattened beside itself", size, ("load",)), formula)
     if engine.gather_at_load:
-        yield _named(counting, "load_gather", "the largest tensor before it is split", _largest(counting), ("load",))
+        size, formula = _largest(counting)
+        yield _told(_named(counting, "load_gather", "the largest tensor before it is split", size, ("load",)), formula)
 
 
 def _copied(counting: Counting, role: str) -> int:
@@ -106,10 +126,11 @@ def _step(counting: Counting) -> Iterator[Term]:
         (("step_flat", names[0]), ("step_wide", names[1])), layout.engine.step_copy_widths, strict=False
     ):
         term = _named(counting, ending, name, count * width, ("step",))
-        yield dataclasses.replace(term, formula=f"{count:,} elements x {width} B")
-    more = _norm_copy(counting) - count * sum(layout.engine.step_copy_widths)
+        yield _told(term, f"{count:,} elements x {width} B")
+    norm, copies = _norm_copy(counting), count * sum(layout.engine.step_copy_widths)
     words = "what a gradient in fp64, for its norm, takes beyond the copies that follow"
-    yield _named(counting, "step_norm", words, max(0, more), ("step",))
+    term = _named(counting, "step_norm", words, max(0, norm - copies), ("step",))
+    yield _told(term, f"{norm // NORM_WIDTH:,} elements x {NORM_WIDTH} B - {copies:,} B")
 
 
 def _norm_copy(counting: Counting) -> int:
@@ -131,14 +152,17 @@ def _stepped_at_once(counting: Counting) -> int:
 
 def _save(counting: Counting) -> Iterator[Term]:
     if counting.layout.engine.gather_at_save:
-        rows = [(row.numel * width, learns) for row, width, learns in whole_rows(counting)]
-        adapted = any(group.adapters for group in counting.groups)
-        size = max((size for size, learns in rows if learns or not adapted), default=0)
-        yield _named(counting, "save_gather", "the largest tensor that is saved, whole", size, ("save",))
+        size, formula = _largest(counting, learning=any(group.adapters for group in counting.groups))
+        yield _told(
+            _named(counting, "save_gather", "the largest tensor that is saved, whole", size, ("save",)), formula
+        )
 
 
-def _largest(counting: Counting, learning: bool = False) -> int:
-    return max((row.numel * width for row, width, learns in whole_rows(counting) if learns or not learning), default=0)
+def _largest(counting: Counting, learning: bool = False) -> tuple[int, str]:
+    """Bytes of the largest whole tensor, or of the largest that learns, and the sum behind them."""
+    rows = ((row.numel, width, row.name) for row, width, learns in whole_rows(counting) if learns or not learning)
+    count, width, name = max(rows, key=lambda row: row[0] * row[1], default=(0, 0, "none"))
+    return count * width, f"{count:,} elements x {width} B, {name}"
 
 
 # ---- offload -----------------------------------------------------------------------------------------------------
@@ -156,20 +180,24 @@ def _offload(counting: Counting) -> Iterator[Term]:
     if layout.split_unit == "part":
         # stage_1_and_2: param_buffer_of_bit16_for_cpu_offload_groups, temp_grad_buffer_for_cpu_offload.
         copies = [count * width for count in stepped]
-        largest = _largest(counting, learning=True)
-        yield counting.at("host", f"{name}.offload_weights", "new weights on their way back", "engine", sum(copies))
-        yield counting.at("host", f"{name}.offload_largest", "the largest gradient, in host memory", "engine", largest)
+        largest, words = _largest(counting, learning=True)
+        term = counting.at("host", f"{name}.offload_weights", "new weights on their way back", "engine", sum(copies))
+        yield _told(term, f"{sum(stepped):,} elements x {width} B")
+        term = counting.at("host", f"{name}.offload_largest", "the largest gradient, in host memory", "engine", largest)
+        yield _told(term, words)
         master = 4 if counting.precision.master == "float32" else width
         pinned = [*copies, largest, *(count * master for count in stepped), *(count * master for count in stepped)]
         if counting.micro_batches > 1:
             # stage_1_and_2: async_accumulate_grad_in_cpu_via_gpu keeps one buffer for each parameter it owns.
             sizes = _accumulated(counting)
-            yield counting.at("host", f"{name}.offload_sums", "gradients summed on the host", "engine", sum(sizes))
+            term = counting.at("host", f"{name}.offload_sums", "gradients summed on the host", "engine", sum(sizes))
+            yield _told(term, f"{sum(sizes):,} B, the {len(sizes)} tensors of the own share")
             pinned += sizes
     else:
         # stage3: grad_partitions_flat_buffer follows the optimizer; the fp32 gradients are states.
         own = sum(stepped) * width
-        yield counting.at("host", f"{name}.gradients.partitions", "gradient partitions", "engine", own)
+        term = counting.at("host", f"{name}.gradients.partitions", "gradient partitions", "engine", own)
+        yield _told(term, f"{sum(stepped):,} elements x {width} B")
         pinned = [own, *(count * 4 for count in stepped)]
         if layout.home_parameters == "host":
             pinned += [count * width for count in stepped]
@@ -215,18 +243,25 @@ def _own_sizes(counting: Counting) -> list[int]:
 def _swap_pools(counting: Counting) -> Iterator[Term]:
     layout = counting.layout
     if layout.home_optimizer == "nvme":
-        size = OPTIMIZER_BUFFERS * pinned_bytes(4 * _stepped_at_once(counting))
-        yield counting.at("host", f"{layout.name}.swap_optimizer", "swap buffers of the optimizer", "engine", size)
+        each = pinned_bytes(4 * _stepped_at_once(counting))
+        size = OPTIMIZER_BUFFERS * each
+        term = counting.at("host", f"{layout.name}.swap_optimizer", "swap buffers of the optimizer", "engine", size)
+        yield _told(term, f"{OPTIMIZER_BUFFERS} x {each:,} B")
     if layout.home_parameters == "nvme":
-        size = PARAMETER_BUFFERS * pinned_bytes(2 * PARAMETER_BUFFER_ELEMENTS)
-        yield counting.at("host", f"{layout.name}.swap_parameters", "swap buffers of the parameters", "engine", size)
+        each = pinned_bytes(2 * PARAMETER_BUFFER_ELEMENTS)
+        size = PARAMETER_BUFFERS * each
+        term = counting.at("host", f"{layout.name}.swap_parameters", "swap buffers of the parameters", "engine", size)
+        yield _told(term, f"{PARAMETER_BUFFERS} x {each:,} B")
 
 
 def _pinned(counting: Counting, sizes: Iterable[int]) -> Iterator[Term]:
     """What torch's allocator of page-locked memory adds: every size becomes a power of two."""
-    extra = sum(int(pinned_bytes(size)) - size for size in sizes)
+    sizes = list(sizes)
+    whole, rounded = sum(sizes), sum(int(pinned_bytes(size)) for size in sizes)
+    extra = rounded - whole
     if extra:
         term = counting.at("host", "pinned.rounding", "page-locked memory above its tensors", "engine", extra)
+        term = _told(term, f"{rounded:,} B in powers of two - {whole:,} B asked for")
         yield dataclasses.replace(term, source="ATen/core/CachingHostAllocator.h: sizes become powers of two")
 
 

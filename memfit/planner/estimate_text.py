@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from rapidfuzz import process
 
 from memfit.errors import UserError
-from memfit.planner.activations import known_phases, peak_of, process_bytes
+from memfit.physics.speed import TYPICAL_ERROR
+from memfit.planner.activations import known_phases, peak_of
 from memfit.planner.estimate import capacity_bytes, states_place
 from memfit.planner.groups import alive_at, group_sums, is_state
 from memfit.planner.host_terms import PROCESS_PART
 from memfit.planner.problems import listed
+from memfit.planner.verdict import Room, gpu_room, host_room, process_bytes
 from memfit.specs.ledger import PHASES, Term
 from memfit.specs.plan import Forecast
 from memfit.specs.recipe import Recipe
-from memfit.units import count_text, gib
+from memfit.units import count_text, duration, gib
 
 # Column of the table -> the pieces of a term's id that belong to it.
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -33,9 +35,10 @@ SMALL = 0.01
 
 def estimate_text(forecast: Forecast) -> str:
     """The whole answer of `memfit estimate` as text: verdict, states by part, peaks by phase, host memory and disk."""
-    lines = [_verdict(forecast), "", _run(forecast), "", *_table(forecast), ""]
+    notes = [f"note: {note}" for note in forecast.notes]
+    lines = [_verdict(forecast), "", _run(forecast), *notes, "", *_table(forecast), ""]
     lines += _peaks(forecast) if forecast.trace is not None else _phases(forecast)
-    lines += [*_node(forecast), ""]
+    lines += [*_node(forecast), *_speed(forecast), ""]
     if forecast.ledger.missing:
         lines.append(f"not forecast yet: {', '.join(forecast.ledger.missing)}")
     lines.append(f"defaults taken: {', '.join(forecast.defaults) or 'none'}")
@@ -63,47 +66,72 @@ def why(forecast: Forecast, term_id: str) -> str:
 
 
 def _verdict(forecast: Forecast) -> str:
-    capacity = capacity_bytes(forecast.hardware)
-    phase, size = _largest_phase(forecast)
-    where = "a GPU" if forecast.hardware.gpu else "a node"
-    room = f", {where} has {gib(capacity)}" if capacity is not None else ""
-    states = f"states alone take {gib(size)} in the {phase} phase{room}"
     count = len(forecast.defaults)
     tail = f"{count} value{'s were defaults' if count != 1 else ' was a default'}, nothing was searched"
     if forecast.trace is not None:
-        return f"{_traced_verdict(forecast, room)}; {tail}"
+        figures = _on_gpu(forecast) if forecast.hardware.gpu else _on_cpu(forecast)
+        return f"{forecast.verdict.replace('-', ' ')}{_host_binds(forecast)}: {figures}; {tail}"
+    capacity = capacity_bytes(forecast.hardware)
+    phase, size = _largest_phase(forecast)
+    room = f", {'a GPU' if forecast.hardware.gpu else 'a node'} has {gib(capacity)}" if capacity is not None else ""
+    states = f"states alone take {gib(size)} in the {phase} phase{room}"
     if forecast.verdict == "does-not-fit":
         return f"does not fit: {states}; {tail}"
     return f"unknown: {states}; activations are not forecast yet; {tail}"
 
 
-def _traced_verdict(forecast: Forecast, room: str) -> str:
+def shortfall(forecast: Forecast) -> str:
+    """What a forecast that does not fit needs, what there is, and what is missing; "" where no figure says so."""
+    found = [room for room in (gpu_room(forecast), host_room(forecast)) if room is not None and room.short]
+    names = {"gpu": "the GPU", "host": "host memory"}
+    return "; ".join(f"{names[room.place]} peaks at {gib(room.needed)}{_of(room)}" for room in found)
+
+
+def _on_gpu(forecast: Forecast) -> str:
     phase, size = peak_of(forecast) or ("", 0)
-    process, reserved = process_bytes(forecast), forecast.reserved
-    verdict = forecast.verdict.replace("-", " ")
-    host = _host_is_short(forecast)
-    if host:
-        verdict = f"{verdict} (host memory: {host})"
-    found = forecast.interval
-    between = f" (90%: {_between(found.low_bytes, found.high_bytes)})" if found else ""
+    process, reserved, found = process_bytes(forecast), forecast.reserved, gpu_room(forecast)
     if process is None or reserved is None:
-        return f"{verdict}: states and activations peak at {gib(size)}{between} in {phase}{room}, the process on top"
-    short = "" if reserved.runs else ", where its allocator runs out of memory"
+        capacity = capacity_bytes(forecast.hardware)
+        room = f", a GPU has {gib(capacity)}" if capacity is not None else ""
+        return f"states and activations peak at {gib(size)}{_between(forecast)} in {phase}{room}, the process on top"
+    out = "" if reserved.runs else ", where its allocator runs out of memory"
     return (
-        f"{verdict}: the process peaks at {gib(process)}{between}{room}{short}; "
+        f"the process peaks at {gib(process)}{_between(forecast)}{_of(found) if found else ''}{out}; "
         f"{gib(reserved.peak_reserved)} reserved, {gib(size)} allocated in {phase} (no GPU has confirmed this yet)"
     )
 
 
-def _between(low: int, high: int) -> str:
-    return f"{gib(low).removesuffix(' GiB')} to {gib(high)}"
+def _on_cpu(forecast: Forecast) -> str:
+    """The node's memory, which the verdict rests on, and what of it the model itself takes."""
+    phase, size = peak_of(forecast) or ("", 0)
+    model = f"states and activations peak at {gib(size)}{_between(forecast)} in {phase}"
+    node, found = forecast.node, host_room(forecast)
+    if node is None:
+        return f"{model}, the process on top"
+    room = _of(found) if found else ", how much a node has is not known"
+    return f"host memory of a node peaks at {gib(node.peak_bytes)}{room}; {model}"
 
 
-def _host_is_short(forecast: Forecast) -> str:
-    node, capacity = forecast.node, forecast.hardware.host_memory_bytes
-    if node is None or capacity is None or node.peak_bytes <= capacity:
+def _of(room: Room) -> str:
+    """What there is, and what is missing or how close it is."""
+    text = f", {'a GPU' if room.place == 'gpu' else 'a node'} has {gib(room.capacity)}"
+    return text + (f", short by {gib(room.short)}" if room.short else "")
+
+
+def _host_binds(forecast: Forecast) -> str:
+    """Beside the verdict of a GPU run: that it is the node's memory which is short, or may be."""
+    room = host_room(forecast)
+    if forecast.hardware.gpu is None or room is None:
         return ""
-    return f"{gib(node.peak_bytes)} needed, a node has {gib(capacity)}"
+    if room.short:
+        return f" (host memory: {gib(room.needed)} needed{_of(room)})"
+    tight = forecast.verdict == "borderline" and room.high is not None and room.high > room.capacity
+    return f" (host memory: up to {gib(room.high or 0)} needed{_of(room)})" if tight else ""
+
+
+def _between(forecast: Forecast) -> str:
+    found = forecast.interval
+    return f" (90%: {gib(found.low_bytes).removesuffix(' GiB')} to {gib(found.high_bytes)})" if found else ""
 
 
 def _largest_phase(forecast: Forecast) -> tuple[str, int]:
@@ -179,6 +207,19 @@ def _node(forecast: Forecast) -> list[str]:
     lines += [f"  {gib(rest)}  {len(terms) - len(large)} smaller ones"] if rest else []
     nvme = f"; {gib(node.nvme_bytes)} of states on NVMe" if node.nvme_bytes else ""
     return [*lines, f"disk: {gib(node.checkpoint_bytes)} for one checkpoint{nvme}"]
+
+
+def _speed(forecast: Forecast) -> list[str]:
+    speed = forecast.speed
+    if speed is None:
+        return []
+    between = f"{duration(speed.low_seconds)} to {duration(speed.high_seconds)}"
+    around = f" ({between}, by how much overlaps)" if speed.high_seconds > 1.01 * speed.low_seconds else ""
+    return [
+        f"speed: {duration(speed.step_seconds)} a step of worst micro-batches{around}, "
+        f"{speed.tokens_per_second:,.0f} tokens/s, most of it {speed.bound} (published runs: half within "
+        f"{100 * TYPICAL_ERROR:.0f}%)"
+    ]
 
 
 def _is_host(term: Term) -> bool:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from memfit.catalog.process import PROCESS, WORKER
+from memfit.catalog.precisions import ZERO
+from memfit.catalog.process import CUDA, DEEPSPEED, LAUNCHER, LIBRARIES, PROCESS, WORKER
+from memfit.physics.loader import BATCH_COPIES, SAMPLE_COPIES, making_bytes
 from memfit.physics.memory import ALWAYS, FROM_FIRST_STEP, numel
 from memfit.physics.pinned import pinned_bytes
 from memfit.planner.counting import Counting, roles_of
 from memfit.planner.engine_terms import pinned_total
+from memfit.planner.interval import interval_of
 from memfit.planner.parts import PartGroup, shapes
 from memfit.specs.ledger import Ledger, Place, Term
 from memfit.specs.plan import NodeFigures
-from memfit.specs.recipe import WorkloadKeys
 from memfit.specs.trace import StepTrace
+from memfit.specs.workload import LoaderLoad
 from memfit.units import DTYPE_BYTES
 
 # Part of the terms that are a process's own and no states; the first piece of their ids.
@@ -23,19 +26,30 @@ LOADER = "torch.utils.data:DataLoader(num_workers, prefetch_factor, pin_memory)"
 SAVE = "memfit.engine.save:save_weights; safetensors writes tensors that are in host memory"
 
 
-def host_terms(counting: Counting, trace: StepTrace) -> list[Term]:
+def host_terms(counting: Counting, trace: StepTrace, load: LoaderLoad | None = None) -> list[Term]:
     """The terms of the fullest node that are no states, and the bytes of one checkpoint."""
-    made = [*_processes(counting), *_loading(counting), *_batches(counting, trace), *_saving(counting)]
+    made = [
+        *_processes(counting),
+        *_loading(counting),
+        *_batches(counting, load or LoaderLoad(0, trace.inputs, trace.inputs)),
+        *_saving(counting),
+    ]
     made += _offloaded(counting, trace)
     return [term for term in made if term.bytes]
 
 
 def node_figures(counting: Counting, ledger: Ledger) -> NodeFigures:
     """The sums of a whole ledger for the fullest node."""
+    sizes = ledger.phase_bytes("host")
+    # Among equals the step, where everything that trains is alive.
+    peak = max(sizes, key=lambda name: (sizes[name], name == "step"))
+    alive = [term for term in ledger.at("host") if peak in term.alive]
     batches = sum(term.bytes for term in ledger.terms if term.id in ("host.pinned_batches", "host.pinned_activations"))
     written = sum(term.bytes for term in ledger.terms if term.id.startswith("disk.checkpoint."))
     return NodeFigures(
-        peak_bytes=max(ledger.phase_bytes("host").values()),
+        peak_bytes=sizes[peak],
+        peak_phase=peak,
+        high_bytes=interval_of(alive, here=counting.hardware.gpu is None).high_bytes,
         pinned_bytes=batches + pinned_total(counting, ledger.terms),
         checkpoint_bytes=written,
         nvme_bytes=sum(term.bytes for term in ledger.at("disk")) - written,
@@ -58,17 +72,24 @@ def _term(name_id: str, alive: Sequence[str], size: int, words: _Words) -> Term:
 
 def _processes(counting: Counting) -> Iterator[Term]:
     ranks = counting.hardware.gpus_per_node
-    size, source = PROCESS
-    yield _term(
-        "host.process",
-        ALWAYS,
-        ranks * size,
-        _Words("interpreter and libraries", f"{size:,} B x {ranks} processes", source),
-    )
+    on_gpu, alone = counting.hardware.gpu is not None, counting.layout.name == "none"
+    each = [("host.process", "interpreter and libraries", PROCESS, True)]
+    each.append(("host.deepspeed", "DeepSpeed's engine and operators", DEEPSPEED, counting.layout.name in ZERO))
+    each.append(("host.cuda", "CUDA's driver and libraries", CUDA, on_gpu))
+    for name_id, name, (size, source), counts in each:
+        if counts:
+            words = _Words(name, f"{size:,} B x {ranks} process{'es' if ranks > 1 else ''}", source)
+            yield _term(name_id, ALWAYS, ranks * size, words)
+    once = [("host.libraries", "pages of libraries that all processes share", LIBRARIES, True)]
+    once.append(("host.launcher", "the command that started the ranks", LAUNCHER, not alone))
+    for name_id, name, (size, source), counts in once:
+        if counts:
+            yield _term(name_id, ALWAYS, size, _Words(name, f"{size:,} B once a node", source))
 
 
 def _loading(counting: Counting) -> Iterator[Term]:
-    """Every rank reads the whole checkpoint into host memory, then moves it; on CPU ranks the weights stay there."""
+    """Each rank reads the whole checkpoint into host memory, then moves it; where weights are split one rank of the
+    node does, and the others get their shares from it. On CPU ranks the weights stay there."""
     if counting.hardware.gpu is None:
         return
     stored = sum(
@@ -81,39 +102,49 @@ def _loading(counting: Counting) -> Iterator[Term]:
     for group in counting.groups:
         trained += sum(numel(shapes(rows)) * counting.width(role) for role, rows in roles_of(group))
         trained += _unpacked(counting, group)
-    size, ranks = max(stored, trained), counting.hardware.gpus_per_node
+    size, split = max(stored, trained), counting.layout.engine.gather_at_load
+    copies = 1 if split else counting.hardware.gpus_per_node
     yield _term(
         "host.load",
         ("load",),
-        size * ranks,
+        size * copies,
         _Words(
             "the model before it moves to the GPU",
-            f"max({stored:,} B as stored, {trained:,} B as trained) x {ranks} ranks",
-            "memfit.build.load:loaded_model loads on the CPU, one copy a rank, then the model moves",
+            f"max({stored:,} B as stored, {trained:,} B as trained) x {copies} cop{'y' if copies == 1 else 'ies'}",
+            "memfit.build.shell; transformers.integrations.deepspeed:_load_state_dict_into_zero3_model"
+            if split
+            else "memfit.build.load:loaded_model loads on the CPU, one copy a rank, then the model moves",
         ),
     )
 
 
-def _batches(counting: Counting, trace: StepTrace) -> Iterator[Term]:
+def _batches(counting: Counting, load: LoaderLoad) -> Iterator[Term]:
+    """The loader's processes and batches; upper bounds, because one too low kills the run hours later."""
     loader, ranks = counting.recipe.loader, counting.hardware.gpus_per_node
     workers = loader.workers if isinstance(loader.workers, int) else 0
     ahead = workers * loader.prefetch
-    batch, decoded = trace.inputs, _decoded(counting)
+    # Trainer.get_batch_samples takes the micro-batches of a whole step from the loader, and the loader is one ahead.
+    taken = counting.micro_batches + 1
+    pins = counting.hardware.gpu is not None and loader.pin is not False
     if workers:
         size, source = WORKER
+        # Workers stay, and evaluation has its own (TrainingArguments.dataloader_persistent_workers).
+        loaders = 2 if counting.recipe.data.eval else 1
         yield _term(
             "host.workers",
             ALWAYS,
-            ranks * workers * size,
-            _Words("data-loader workers", f"{size:,} B x {workers} workers x {ranks} ranks", source),
+            ranks * loaders * workers * size,
+            _Words(
+                "data-loader workers", f"{size:,} B x {workers} workers x {loaders} loaders x {ranks} ranks", source
+            ),
         )
         yield _term(
             "host.prefetched",
             FROM_FIRST_STEP,
-            ranks * ahead * batch,
+            ranks * ahead * load.batch,
             _Words(
                 "batches that the workers have ready",
-                f"{batch:,} B x {workers} workers x {loader.prefetch} ahead x {ranks} ranks",
+                f"{load.batch:,} B x {workers} workers x {loader.prefetch} ahead x {ranks} ranks",
                 LOADER,
             ),
         )
@@ -121,27 +152,37 @@ def _batches(counting: Counting, trace: StepTrace) -> Iterator[Term]:
     yield _term(
         "host.decoded",
         FROM_FIRST_STEP,
-        ranks * makers * (decoded + batch),
+        ranks * makers * making_bytes(load),
         _Words(
-            "pictures being decoded and the float tensors made of them",
-            f"({decoded:,} B of pictures + {batch:,} B of tensors) x {makers} x {ranks} ranks",
-            "PIL decodes to 3 bytes a pixel; the collator joins float tensors into the batch",
+            "one picture being read by each maker of batches, and the tensors made of a sample and a batch",
+            f"({load.reading:,} B + {SAMPLE_COPIES} x {load.sample:,} B + {BATCH_COPIES} x {load.batch:,} B) "
+            f"x {makers} x {ranks} ranks",
+            "measured, memfit.physics.loader; memfit.build.data:SampleDataset reads pictures one at a time",
         ),
     )
-    pins = counting.hardware.gpu is not None and loader.pin is not False
-    if pins:
-        held = max(1, ahead)
-        size = int(pinned_bytes(batch))
+    if not pins:
         yield _term(
-            "host.pinned_batches",
+            "host.waiting_batches",
             FROM_FIRST_STEP,
-            ranks * held * size,
+            ranks * taken * load.batch,
             _Words(
-                "page-locked batches on their way to the GPU",
-                f"{batch:,} B, page-locked {size:,} B, x {held} x {ranks} ranks",
-                f"{LOADER}; ATen/core/CachingHostAllocator.h: sizes become powers of two",
+                "micro-batches of the step and the next one",
+                f"{load.batch:,} B x ({counting.micro_batches} + 1) x {ranks} ranks",
+                "transformers.Trainer:get_batch_samples; accelerate.data_loader:DataLoaderShard.__iter__",
             ),
         )
+        return
+    size, held = int(pinned_bytes(load.batch)), ahead + taken
+    yield _term(
+        "host.pinned_batches",
+        FROM_FIRST_STEP,
+        ranks * held * size,
+        _Words(
+            "page-locked batches: those ready, those of the step and the next one",
+            f"{load.batch:,} B, page-locked {size:,} B, x {held} x {ranks} ranks",
+            f"{LOADER}; ATen/core/CachingHostAllocator.h: sizes become powers of two",
+        ),
+    )
 
 
 def _offloaded(counting: Counting, trace: StepTrace) -> Iterator[Term]:
@@ -157,16 +198,6 @@ def _offloaded(counting: Counting, trace: StepTrace) -> Iterator[Term]:
             "memfit.physics.pinned over the trace; torch.autograd.graph:save_on_cpu(pin_memory=True)",
         ),
     )
-
-
-def _decoded(counting: Counting) -> int:
-    """Bytes of one sample's decoded pictures where the recipe says how large they are; else those of none."""
-    keys = counting.recipe.workload
-    if not isinstance(keys, WorkloadKeys) or not keys.image_size:
-        return 0
-    width, height = map(int, keys.image_size.split("x"))
-    images = 1 if keys.images is None else keys.images
-    return 3 * width * height * images
 
 
 def _unpacked(counting: Counting, group: PartGroup) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from memfit.catalog.context import outside
@@ -11,10 +11,12 @@ from memfit.physics.allocator import replay, smallest_reserved
 from memfit.physics.caching import AllocatorOptions
 from memfit.planner.counting import Counting
 from memfit.planner.engine_stages import Stages
-from memfit.specs.events import MemoryEvent
 from memfit.specs.ledger import Term
 from memfit.specs.plan import Forecast, Reserved
 from memfit.specs.trace import StepTrace
+
+# kind, key, bytes: a row that memfit.physics.allocator reads. Plain, because a step has a hundred thousand of them.
+_Row = tuple[str, int, int]
 
 SOURCE = "replay of two steps (states, traced micro-batches, engine, optimizer) through memfit.physics.allocator"
 
@@ -71,7 +73,7 @@ class _Story:
         self.pieces: dict[str, _Piece] = {}
         self.away: dict[int, int] = {}  # storages that are let go for the step
 
-    def events(self) -> Iterator[MemoryEvent]:
+    def events(self) -> Iterator[_Row]:
         yield from self._states()
         yield from self._moment([term for term in self.terms if _is_moment(term, "load")])
         for step in range(2):
@@ -84,32 +86,32 @@ class _Story:
             # (zero_grad(set_to_none=True)).
             early = self.counting.layout.gradients_end == "backward"
             for key in alive if early else ():
-                yield MemoryEvent("free", key)
+                yield "free", key, 0
             for key in self.away:
-                yield MemoryEvent("free", key)
+                yield "free", key, 0
             yield from self._moment([term for term in self.terms if _is_moment(term, "step")])
             for key, size in self.away.items():
-                yield MemoryEvent("alloc", key, size)
+                yield "alloc", key, size
             for key in () if early else alive:
-                yield MemoryEvent("free", key)
+                yield "free", key, 0
             for piece in list(self.pieces):
                 yield from self._set(piece, 0)
 
-    def _end_of_backward(self) -> Iterator[MemoryEvent]:
+    def _end_of_backward(self) -> Iterator[_Row]:
         """Of the engine's memory only the own share of the gradients outlives backward."""
         for piece in list(self.pieces):
             if piece not in ("kept", "partition"):
                 yield from self._set(piece, 0)
 
-    def _alloc(self, size: int) -> MemoryEvent:
+    def _alloc(self, size: int) -> _Row:
         self.key += 1
-        return MemoryEvent("alloc", self.key, size)
+        return "alloc", self.key, size
 
     def _sizes(self, kind: str) -> list[int]:
         sizes = [size for group in self.counting.groups for size in self.counting.tensor_sizes(group, kind)]
         return [size for size in sizes if size]
 
-    def _states(self) -> Iterator[MemoryEvent]:
+    def _states(self) -> Iterator[_Row]:
         """What lives from loading on: tensors of weights and master copies one by one, everything else by its term."""
         for kind in ("weights", "master"):
             for size in self._sizes(kind):
@@ -118,54 +120,58 @@ class _Story:
             pieces = term.id.split(".")
             one_by_one = (pieces[1] if pieces[0] in ("adapter", "saved") else pieces[0]) in ("weights", "master")
             if term.place == "gpu" and "load" in term.alive and len(term.alive) > 1 and not one_by_one:
-                event = self._alloc(term.bytes)
+                row = self._alloc(term.bytes)
                 if "step" not in term.alive:
-                    self.away[event.key] = term.bytes
-                yield event
+                    self.away[self.key] = term.bytes
+                yield row
 
-    def _moment(self, terms: list[Term]) -> Iterator[MemoryEvent]:
+    def _moment(self, terms: list[Term]) -> Iterator[_Row]:
         """Terms that live together for a moment."""
         keys = []
         for term in terms:
             if term.bytes:
-                event = self._alloc(term.bytes)
-                keys.append(event.key)
-                yield event
+                yield self._alloc(term.bytes)
+                keys.append(self.key)
         for key in keys:
-            yield MemoryEvent("free", key)
+            yield "free", key, 0
 
-    def _micro_batch(self) -> Generator[MemoryEvent, None, list[int]]:
+    def _micro_batch(self) -> Generator[_Row, None, list[int]]:
         """The trace's own events with the engine's between them; returns the keys of what is alive at the end."""
         starts = {row.begins: at for at, row in enumerate(self.stages.stretches)}
+        pieces = [(piece, sizes) for piece, sizes in self.stages.pieces.items() if piece != "kept" or not self.whole]
         keys: dict[int, int] = {}
-        for at, event in enumerate(self.trace.events):
+        for at, (kind, storage, size, *_) in enumerate(self.trace.events):
             if at in starts:
-                for piece, sizes in self.stages.pieces.items():
-                    if piece != "kept" or not self.whole:
-                        yield from self._set(piece, sizes[starts[at]])
-            if event.kind == "alloc":
-                made = self._alloc(event.bytes)
-                keys[event.storage] = made.key
-                yield made
-            elif event.kind == "free" and event.storage in keys:
-                yield MemoryEvent("free", keys.pop(event.storage))
-            elif event.kind == "gradient" and not self.whole and event.storage in keys:
+                for piece, sizes in pieces:
+                    yield from self._set(piece, sizes[starts[at]])
+            if kind == "alloc":
+                self.key += 1
+                keys[storage] = self.key
+                yield "alloc", self.key, size
+            elif kind == "free" and storage in keys:
+                yield "free", keys.pop(storage), 0
+            elif kind == "gradient" and not self.whole and storage in keys:
                 # From here on the engine counts it: waiting, in a bucket, or as a share.
-                yield MemoryEvent("free", keys.pop(event.storage))
+                yield "free", keys.pop(storage), 0
         return list(keys.values())
 
-    def _set(self, name: str, size: int) -> Iterator[MemoryEvent]:
+    def _set(self, name: str, size: int) -> Iterable[_Row]:
         """Bring one kind of engine memory to `size` bytes."""
-        piece = self.pieces.setdefault(name, _Piece())
+        piece = self.pieces.get(name)
+        if piece is None:
+            piece = self.pieces[name] = _Piece()
+        return () if piece.size == size else self._moved(piece, size)
+
+    def _moved(self, piece: _Piece, size: int) -> Iterator[_Row]:
         while piece.size > size:
             key, oldest = piece.storages.popleft()
             piece.size -= oldest
-            yield MemoryEvent("free", key)
+            yield "free", key, 0
         if piece.size < size:
-            event = self._alloc(size - piece.size)
-            piece.storages.append((event.key, event.bytes))
+            row = self._alloc(size - piece.size)
+            piece.storages.append(row[1:])
             piece.size = size
-            yield event
+            yield row
 
 
 def _is_moment(term: Term, phase: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ REASONS: dict[str, str] = {
     "truncated-image": "the picture file is cut off or damaged",
     "oversized-image": "the picture has more pixels than memfit decodes",
     "special-token-in-text": "the text spells one of the model's own control tokens",
-    "too-long": "the sample is longer than max_length",
+    "too-long": "longer than max_length, and so is its shortest beginning that ends with an answer",
     "cannot-encode": "the model cannot take the conversation: its chat template or its image rule refuses",
 }
 
@@ -53,6 +53,43 @@ class Broken:
         """`row 17 (line 18): missing-image: images/17.png does not exist`."""
         line = f" (line {self.line})" if self.line is not None else ""
         return f"{self.source} row {self.row}{line}: {self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """One sample above max_length that is used without some of its turns.
+
+    `tokens` are those of the whole conversation, `kept_tokens` those that are used; `turns` and `images` are left out.
+    """
+
+    row: int
+    id: str
+    tokens: int
+    kept_tokens: int
+    turns: int
+    images: int
+    source: Source = "train"
+
+    @property
+    def text(self) -> str:
+        """`train row 17: 2,310 tokens, 1,904 used; left out: 4 turns with 1 picture`."""
+        pictures = f" with {self.images} picture{'s' * (self.images != 1)}" if self.images else ""
+        left = f"{self.turns} turn{'s' * (self.turns != 1)}{pictures}"
+        return f"{self.source} row {self.row}: {self.tokens:,} tokens, {self.kept_tokens:,} used; left out: {left}"
+
+
+def shortened_text(rows: Sequence[Shortened], samples: int, max_length: int | None) -> str:
+    """What max_length takes from `samples` samples, in one line; empty where it takes nothing."""
+    if not rows:
+        return ""
+    turns, images = sum(row.turns for row in rows), sum(row.images for row in rows)
+    lost = sum(row.tokens - row.kept_tokens for row in rows)
+    pictures = f" with {images:,} picture{'s' * (images != 1)}" if images else ""
+    limit = "" if max_length is None else f" {max_length:,}"
+    return (
+        f"max_length{limit} shortens {len(rows):,} of {samples:,} samples: {turns:,} whole turns{pictures} "
+        f"({lost:,} tokens) are left out"
+    )
 
 
 @dataclass(frozen=True)
@@ -167,7 +204,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The samples that training uses. `train_costs` runs parallel to `train`; it is empty when no encoder was given."""
+    """The samples that training uses. `train_costs` runs parallel to `train`; it is empty when no encoder was given.
+
+    `shortened` are those of either side that max_length has taken turns from. `reading`: bytes that the largest
+    picture takes while it is read; `most_pixels`: its width x height.
+    """
 
     train: tuple[Sample, ...]
     eval: tuple[Sample, ...]
@@ -175,6 +216,30 @@ class Loaded:
     split: Split
     train_costs: tuple[SampleCost, ...] = ()
     eval_costs: tuple[SampleCost, ...] = ()
+    shortened: tuple[Shortened, ...] = ()
+    reading: int = 0
+    most_pixels: int = 0
+
+
+def loaded_lines(loaded: Loaded, max_length: int | None) -> list[str]:
+    """What a person is told of samples that are used otherwise than they stand in the file, or not at all."""
+    lines = []
+    used = len(loaded.train) + len(loaded.eval)
+    if loaded.broken:
+        kinds = ", ".join(f"{count:,} {reason}" for reason, count in reason_counts(loaded.broken).items())
+        rows = "row is" if len(loaded.broken) == 1 else "rows are"
+        lines.append(f"{len(loaded.broken):,} broken {rows} left out ({kinds}); memfit check lists them")
+    if loaded.shortened:
+        lines.append(shortened_text(loaded.shortened, used, max_length))
+    return lines
+
+
+def reason_counts(broken: Sequence[Broken]) -> dict[str, int]:
+    """Broken rows by reason, the commonest first."""
+    counts: dict[str, int] = {}
+    for row in broken:
+        counts[row.reason] = counts.get(row.reason, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 @dataclass(frozen=True)
@@ -212,13 +277,12 @@ class CheckReport:
     worst: tuple[RankedSample, ...]
     workload: Workload | None
     schema: int = 1
+    shortened: tuple[Shortened, ...] = ()
+    max_length: int | None = None
 
     def reason_counts(self) -> dict[str, int]:
         """Broken rows by reason, the commonest first."""
-        counts: dict[str, int] = {}
-        for row in self.broken:
-            counts[row.reason] = counts.get(row.reason, 0) + 1
-        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        return reason_counts(self.broken)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values. The split is given as its numbers of rows; `Split.to_json` holds the rows."""

@@ -44,12 +44,17 @@ class Interval:
 
 @dataclass(frozen=True)
 class NodeFigures:
-    """Bytes of the fullest node: host memory at its peak, what of it is page-locked, one checkpoint, states on NVMe."""
+    """Bytes of the fullest node: host memory at its peak, what of it is page-locked, one checkpoint, states on NVMe.
+
+    `peak_phase`: when that peak is; `high_bytes`: the upper end of its 90% interval.
+    """
 
     peak_bytes: int
     pinned_bytes: int
     checkpoint_bytes: int
     nvme_bytes: int
+    peak_phase: str
+    high_bytes: int
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,25 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """One optimizer step of worst micro-batches. `bound`: what it waits for most, a key of `physics.speed.PARTS`.
+
+    `low_seconds`: everything overlaps that may; `high_seconds`: nothing does.
+    """
+
+    step_seconds: float
+    tokens_per_second: float
+    bound: str
+    low_seconds: float
+    high_seconds: float
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """What a run will need. Figures that cannot be forecast yet are None, never 0."""
+    """What a run will need. Figures that cannot be forecast yet are None, never 0.
+
+    `notes`: what a reader must know of the model behind the figures, one sentence each.
+    """
 
     verdict: str  # fits | borderline | does-not-fit | unknown
     fits: bool | None
@@ -100,6 +122,8 @@ class Forecast:
     layout: Layout | None = None
     node: NodeFigures | None = None
     interval: Interval | None = None
+    notes: tuple[str, ...] = ()
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True)

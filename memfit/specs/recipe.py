@@ -83,12 +83,17 @@ class Levers:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBudget:
-    """One image budget, compiled to each processor's own knob by the family. At most one may be a number."""
+    """One image budget, compiled to each processor's own knob by the family. At most one may be a number.
+
+    `downsample_mode` (MiniCPM-V 4.6 and later): patches that become one image token, 4 or 16. Like all that stands
+    outside `levers`, it changes what is learned (tier 3); `auto` is the checkpoint's own.
+    """
 
     __pydantic_config__ = _CLOSED
     max_slices: Auto | int = "auto"
     max_pixels: Auto | int = "auto"
     max_tokens: Auto | int = "auto"
+    downsample_mode: Literal["auto", "4x", "16x"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

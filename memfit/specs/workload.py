@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -39,6 +40,19 @@ class SampleCost:
 
 
 @dataclass(frozen=True)
+class LoaderLoad:
+    """Bytes that decide a data loader's host memory, each the most over all samples.
+
+    `reading`: one picture while it is read and prepared. `sample`: the tensors of one sample. `batch`: those of one
+    micro-batch.
+    """
+
+    reading: int
+    sample: int
+    batch: int
+
+
+@dataclass(frozen=True)
 class Workload:
     """The worst batch decides the peak; the means decide the time.
 
@@ -49,3 +63,16 @@ class Workload:
     mean: SampleCost | None
     samples: int | None
     source: str
+
+
+def heaviest(tokens: Sequence[int], micro_batch: int, packing: bool = False) -> list[int]:
+    """Places of the rows of the heaviest micro-batch in `tokens`, which fall from the longest.
+
+    The longest, except that a batch of equal lengths needs no mask, and one with a single shorter row does: padded it
+    is as long. Packed rows are never padded.
+    """
+    places = list(range(min(micro_batch, len(tokens))))
+    shorter = next((place for place, length in enumerate(tokens) if length < tokens[0]), None)
+    if len(places) > 1 and not packing and shorter is not None and shorter > places[-1]:
+        places[-1] = shorter
+    return places

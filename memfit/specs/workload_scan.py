@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from memfit.specs.check import Broken, Distribution
+from memfit.specs.check import Broken, Distribution, Shortened
 from memfit.specs.trace import Row
-from memfit.specs.workload import ImageCost, SampleCost, Workload
+from memfit.specs.workload import ImageCost, SampleCost, Workload, heaviest
 
 # Figures of a sample that are counted, in the order of the report: those of its cost, then pixels and bytes of its
 # pictures' files.
@@ -36,7 +36,7 @@ class HeavySample:
 class Cut:
     """What a budget takes away. Shares are of the scan's samples and tokens that it is compared with.
 
-    `samples` are dropped (too long) or changed (pictures made smaller); `tokens` are lost with them.
+    `samples` are dropped or changed (too long, or pictures made smaller); `tokens` are lost with them.
     """
 
     budget: str
@@ -53,7 +53,9 @@ class WorkloadScan:
 
     `figures`: one int64 array [samples] for each of FIGURES. `rows`, `ids`: where each sample stands. `pictures[k]` are
     the costs and upright sizes of the pictures of all samples i with `kinds[i]` = k. `max_length`: the recipe's limit
-    (None for none): samples above it are in the arrays, and out of every batch and of `distributions`.
+    (None for none): samples above it stand in the arrays as they are used, without the turns that `shortened` counts;
+    those that cannot be shortened stand there whole, and are out of every batch and of `distributions`. `reading`:
+    bytes that the largest picture takes while it is read (`memfit.physics.loader.reading_bytes`).
     """
 
     path: str
@@ -66,6 +68,8 @@ class WorkloadScan:
     distributions: tuple[Distribution, ...]
     broken: tuple[Broken, ...] = ()
     max_length: int | None = None
+    shortened: tuple[Shortened, ...] = ()
+    reading: int = 0
 
     @property
     def samples(self) -> int:
@@ -95,14 +99,19 @@ class WorkloadScan:
         Rows that are padded to the longest and rows that are packed end to end have the same worst batch. Among equals
         the other figure decides. Fewer samples where there are fewer.
         """
+        return tuple(map(self.sample, self._heaviest_first(by, max_length)[:micro_batch]))
+
+    def _heaviest_first(self, by: By, max_length: int | None) -> list[int]:
         usable = np.flatnonzero(self.inside(max_length))
         other = "patches" if by == "tokens" else "tokens"
         order = np.lexsort((self.rows[usable], -self.figures[other][usable], -self.figures[by][usable]))
-        return tuple(self.sample(int(usable[place])) for place in order[:micro_batch])
+        return [int(place) for place in usable[order]]
 
-    def batch_rows(self, micro_batch: int, by: By = "tokens", max_length: int | None = None) -> tuple[Row, ...]:
-        """The worst batch as a trace takes it."""
-        batch = self.worst_batch(micro_batch, by, max_length)
+    def batch_rows(self, micro_batch: int, max_length: int | None = None, packing: bool = False) -> tuple[Row, ...]:
+        """The worst batch by tokens as a trace takes it: it has padding where it can (`heaviest`)."""
+        order = self._heaviest_first("tokens", max_length)
+        places = heaviest([int(self.figures["tokens"][index]) for index in order], micro_batch, packing)
+        batch = [self.sample(order[place]) for place in places]
         return tuple(Row(sample.cost.tokens, sample.images, sample.cost.trained_tokens) for sample in batch)
 
     def worst_batches(self, micro_batch: int, max_length: int | None = None) -> dict[By, tuple[HeavySample, ...]]:
@@ -125,7 +134,10 @@ class WorkloadScan:
         return Workload(worst.cost, SampleCost(**means), int(inside.sum()), "data")
 
     def cut_by_length(self, max_length: int) -> Cut:
-        """What `max_length` would drop: memfit leaves out a sample that is longer, it does not cut its end off."""
+        """The most that `max_length` can take: all of every longer sample, as where each is one question and answer.
+
+        Training leaves out whole turns where that is enough (`memfit.inputs.data.workload.cut_by_length` counts it).
+        """
         tokens, images = self.figures["tokens"], self.figures["image_tokens"]
         out = tokens > max_length
         return Cut(
@@ -138,17 +150,19 @@ class WorkloadScan:
         )
 
     def cut_to(self, smaller: WorkloadScan, budget: str) -> Cut:
-        """What an image budget takes away: `smaller` is the scan of the same data under it."""
+        """What another budget takes away: `smaller` is the scan of the same data under it."""
+        left = smaller.inside()
         mine = {int(row): index for index, row in enumerate(self.rows)}
         pairs = [(mine[int(row)], index) for index, row in enumerate(smaller.rows) if int(row) in mine]
         before = np.array([one for one, _ in pairs], dtype=np.int64)
         after = np.array([other for _, other in pairs], dtype=np.int64)
-        lost = self.figures["tokens"][before] - smaller.figures["tokens"][after]
-        images = self.figures["image_tokens"][before] - smaller.figures["image_tokens"][after]
+        kept = left[after] if len(pairs) else np.zeros(0, dtype=bool)
+        lost = self.figures["tokens"][before] - smaller.figures["tokens"][after] * kept
+        images = self.figures["image_tokens"][before] - smaller.figures["image_tokens"][after] * kept
         return Cut(
             budget=budget,
-            samples=int((images != 0).sum()),
-            sample_share=_share((images != 0).sum(), len(self.rows)),
+            samples=int((lost != 0).sum()),
+            sample_share=_share((lost != 0).sum(), len(self.rows)),
             tokens=int(lost.sum()),
             token_share=_share(lost.sum(), self.figures["tokens"].sum()),
             image_token_share=_share(images.sum(), self.figures["image_tokens"].sum()),
@@ -162,6 +176,7 @@ class WorkloadScan:
             "images": self.images,
             "broken": len(self.broken),
             "max_length": self.max_length,
+            "shortened": len(self.shortened),
             "distributions": [asdict(one) for one in self.distributions],
             "heaviest": {
                 by: [

@@ -53,7 +53,8 @@ class Strategy:
     into the dtype of the other parameters that learn. `not_forecast`: engine buffers that are no states, in plain
     words. `values`: the keys of `engine: {section: ...}` that it reads, with what is taken where the recipe says
     nothing. `offloads`: what it can put elsewhere, as (levers.offload, levers.offload_to). `engine_config(plan)`: what
-    the engine is told, every value explicit; empty where there is no engine.
+    the engine is told, every value explicit; empty where there is no engine. `replaces`: rows of
+    `memfit.trace.cuda.ROWS`, the functions of torch that the engine replaces in every model by its own.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Strategy:
     values: Mapping[str, Any] = field(default_factory=dict)
     offloads: frozenset[tuple[str, str]] = frozenset()
     engine_config: Callable[[Plan], dict[str, Any]] = _no_engine
+    replaces: tuple[str, ...] = ()
 
 
 def engine_values(section: str, known: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def layout(request: Request) -> Layout:
         split_optimizer=request.ranks,
         split_unit="rows",
         engine=EngineNumbers(
-            keep_ways=0 if request.offload != "none" else request.ranks,
+            keep_ways=request.ranks,
             keep_width=request.width,
             ranks=request.ranks,
             gather="block",
@@ -55,7 +55,7 @@ def engine_config(plan: Plan) -> dict[str, Any]:
         "cpu_offload": plan.layout.home_parameters == "host",
         "pin_memory": plan.layout.pinned,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "cpu_ram_efficient_loading": False,
+        "cpu_ram_efficient_loading": plan.forecast.hardware.ranks > 1,
         "state_dict_type": "FULL_STATE_DICT",
         "activation_checkpointing": False,
         "param_dtype": row.compute if computes_otherwise else None,

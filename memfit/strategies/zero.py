@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from memfit.catalog.precisions import PRECISIONS
 from memfit.specs.engine_numbers import EngineNumbers
-from memfit.specs.plan import Layout
+from memfit.specs.plan import Layout, Plan
 from memfit.strategies.base import Request, Strategy, engine_values, number
 from memfit.strategies.deepspeed_config import deepspeed_config
+from memfit.strategies.user_deepspeed import merged, zero_numbers
 
 STAGE_1_AND_2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 STAGE_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
@@ -67,7 +69,7 @@ def layout_2(request: Request) -> Layout:
 
 def layout_3(request: Request) -> Layout:
     """Stage 3: everything split tensor by tensor; the gradient partitions are one buffer that stays."""
-    values = engine_values("zero", VALUES, request.values)
+    values = values_of(request.values)
     engine = EngineNumbers(
         keep_ways=0,
         bucket_elements=number(values, "reduce_bucket_size", request.hidden),
@@ -102,9 +104,22 @@ def layout_3(request: Request) -> Layout:
     )
 
 
+def values_of(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """The values in force of a recipe's `engine:`: memfit's own under its `zero`, or under a user's DeepSpeed file."""
+    if "deepspeed" in engine:
+        return engine_values("zero", VALUES, {"zero": zero_numbers(engine["deepspeed"])})
+    return engine_values("zero", VALUES, engine)
+
+
+def _config(plan: Plan) -> dict[str, Any]:
+    engine = plan.recipe.engine
+    own = deepspeed_config(plan, values_of(engine))
+    return merged(own, engine["deepspeed"]) if "deepspeed" in engine else own
+
+
 def _buckets(request: Request, keep_ways: int, reduce_late: bool = False) -> EngineNumbers:
     """Stages 1 and 2: one bucket, two with overlap_comm, from the first gradient to the end of backward."""
-    values = engine_values("zero", VALUES, request.values)
+    values = values_of(request.values)
     offloads = request.offload != "none"
     return EngineNumbers(
         keep_ways=keep_ways,
@@ -144,10 +159,13 @@ def _strategy(
         section="zero",
         values=values,
         offloads=offloads,
-        engine_config=lambda plan: deepspeed_config(plan, engine_values("zero", VALUES, plan.recipe.engine)),
+        engine_config=_config,
     )
 
 
 ZERO1 = _strategy("zero1", layout_1, STAGE_1_AND_2, VALUES, OPTIMIZER_ONLY)
 ZERO2 = _strategy("zero2", layout_2, STAGE_1_AND_2, VALUES, OPTIMIZER_ONLY)
-ZERO3 = _strategy("zero3", layout_3, STAGE_3, VALUES, EVERYTHING)
+ZERO3 = dataclasses.replace(
+    _strategy("zero3", layout_3, STAGE_3, VALUES, EVERYTHING),
+    replaces=("zero3-linear",),  # deepspeed.runtime.zero.partition_parameters:Init._enable_mem_efficient_linear
+)

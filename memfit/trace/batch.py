@@ -122,7 +122,7 @@ def _pixels(family: Family, config: Mapping[str, Any], costs: Sequence[ImageCost
             "image_grid_thw": torch.tensor([(1, high, wide) for high, wide in crops], dtype=torch.long),
         }
     if names == {"pixel_values"}:
-        side = int(vision.get("image_size", 336))
+        side = int(vision.get("image_size", config.get("image_size", 336)))
         return {"pixel_values": torch.empty(len(crops), int(vision.get("num_channels", 3)), side, side)}
     raise UserError(
         f"the trace cannot make the image tensors of {family.name}: {', '.join(sorted(names))}",

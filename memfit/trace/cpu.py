@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 aten = torch.ops.aten
+# Norms whose CPU kernels want weights of the input's dtype or in fp32: operator -> the place of the weight.
+_NORMS = {aten.native_layer_norm.default: 2, aten.native_group_norm.default: 1}
 _PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
 _POINTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 _IN_PLACE = {aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor}
@@ -14,8 +16,20 @@ LOW = (torch.bfloat16, torch.float16)
 _PAGE = 128  # oneDNN's scratchpad: rounded up to 128 bytes, and 128 more
 
 
+class MixedNorm(Exception):
+    """A norm that this CPU build of torch does not run: 16-bit weights and an input of another dtype.
+
+    Source: ATen/native/mixed_data_type.h, check_mixed_data_type ("mixed dtype (CPU): expect parameter to have scalar
+    type of Float"). Fake tensors pass where real ones do not; CUDA's autocast runs norms in fp32 instead.
+    """
+
+    def __init__(self, weight: torch.Tensor, given: torch.dtype) -> None:
+        super().__init__(f"{weight.dtype} weights, {given} input")
+        self.weight, self.given = weight, given
+
+
 def workspace_bytes(func: Any, args: Any) -> int:
-    """Bytes beside the results of one operator.
+    """Bytes beside the results of one operator. Raises MixedNorm for one that a real CPU refuses.
 
     A 16-bit matrix product sums in fp32 where the CPU has no instruction for it: one number for each of its result
     (oneDNN's scratchpad; measured with torch.profiler, torch 2.13, AVX-512 without bf16). Operands of two dtypes are
@@ -24,12 +38,20 @@ def workspace_bytes(func: Any, args: Any) -> int:
     """
     if func in _POINTWISE or func in _IN_PLACE:
         return _promoted(args, func in _IN_PLACE)
+    if func in _NORMS:
+        _refuse_mixed(args[0], args[_NORMS[func]])
+        return 0
     places = _PRODUCTS.get(func)
     if places is not None:
         left, right = args[places[0]], args[places[1]]
         if left.dtype in LOW and not _has_native_bf16():
             return -(-4 * left.shape[0] * right.shape[1] // _PAGE) * _PAGE + _PAGE
     return 0
+
+
+def _refuse_mixed(given: torch.Tensor, weight: torch.Tensor | None) -> None:
+    if weight is not None and weight.dtype in LOW and weight.dtype != given.dtype:
+        raise MixedNorm(weight, given.dtype)
 
 
 def _promoted(args: Any, in_place: bool) -> int:

@@ -2,7 +2,8 @@
 
 Values mean nothing here. Source: fla.ops.gated_delta_rule.chunk:ChunkGatedDeltaRuleFunction (fla-core 0.6.0) and what
 it calls; every allocation below stands there under the same name. The convolution before it belongs to another package
-(causal-conv1d) and stays torch's own.
+(causal-conv1d) and stays torch's own. FLOPs are those of the kernels' products (tl.dot), by formula: `forward_flops`,
+`backward_flops`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.qwen3_5 import modeling_qwen3_5 as upstream
 
+from memfit.trace.flops import add_flops
+
 CHUNK = 64  # chunk_gated_delta_rule: kwargs.pop("chunk_size", 64)
+BLOCK = 16  # chunk_gated_delta_rule_fwd_intra: BC, the sub-blocks of a chunk
 TILE = 128  # chunk_bwd_dqkwg: CONST_TILING on A100 and newer with 16-bit tensors
 
 
@@ -32,6 +36,8 @@ class _GatedDeltaRule(torch.autograd.Function):
         w, u = _recompute_w_u(k, v, beta)
         h, v_new = _states(k, u)
         o = torch.empty_like(v_new)
+        rows, length, heads, value = v.shape
+        add_flops(forward_flops(rows, length, heads, k.shape[-1], value))
         ctx.save_for_backward(q, q_rstd, k, k_rstd, v, g, beta, A)
         del w, u, h, v_new
         return o
@@ -40,9 +46,52 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         q, _, k, _, v, g, beta, _ = ctx.saved_tensors
         dq, dk, dv, db, dg = _backward((q, k, v, g, beta), grads[0].contiguous())
+        rows, length, heads, value = v.shape
+        add_flops(backward_flops(rows, length, heads, k.shape[-1], value))
         dq = torch.empty_like(q)  # l2norm_bwd
         dk = torch.empty_like(k)
         return dq, dk, dv, dg, db
+
+
+def forward_flops(rows: int, length: int, heads: int, key: int, value: int) -> int:
+    """Products of chunk_gated_delta_rule_fwd, a multiply-add being 2; `heads` are the values' heads.
+
+    Of every chunk of C tokens, the last one whole: k k' in the blocks on and below the diagonal, 16 small products that
+    invert it (chunk_fwd.py: chunk_gated_delta_rule_fwd_kkt_solve_kernel), w and u (wy_fast.py:
+    recompute_w_u_fwd_kernel), w h and k' v (chunk_delta_h.py: chunk_gated_delta_rule_fwd_kernel_h_blockdim64), q h,
+    q k' and their product with v (chunk_o.py: chunk_fwd_kernel_o).
+    """
+    blocks = CHUNK // BLOCK
+    pairs = BLOCK * BLOCK * (blocks * (blocks + 1) // 2) * key
+    inverse = 16 * BLOCK**3
+    square, state = CHUNK * CHUNK, CHUNK * key * value
+    return 2 * _chunks(rows, length, heads) * (pairs + inverse + 2 * square * (key + value) + 3 * state)
+
+
+def backward_flops(rows: int, length: int, heads: int, key: int, value: int) -> int:
+    """Products of chunk_gated_delta_rule_bwd, counted as those of `forward_flops`.
+
+    w, u, h and v again; dv of the chunk (chunk_o.py: chunk_bwd_kernel_dv_local); dh, with dv and two more
+    (chunk_delta_h.py: chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64); ds for every tile of the key, dq, dk, dw from
+    states and two from ds (chunk_o.py: chunk_bwd_kernel_dqkwg); five products with keys, two with values and two of the
+    chunk with itself (wy_fast.py: prepare_wy_repr_bwd_kernel).
+    """
+    square, state = CHUNK * CHUNK, CHUNK * key * value
+    again = square * (key + value) + 2 * state
+    local = square * (key + value)
+    from_states = (3 + 3) * state
+    from_scores = square * (_tiles(key) * value + 2 * key)
+    inverse = square * (5 * key + 2 * value + 2 * CHUNK)
+    return 2 * _chunks(rows, length, heads) * (again + local + from_states + from_scores + inverse)
+
+
+def _chunks(rows: int, length: int, heads: int) -> int:
+    return rows * heads * math.ceil(length / CHUNK)
+
+
+def _tiles(size: int) -> int:
+    """Tiles of the key's size in chunk_bwd_dqkwg."""
+    return math.ceil(size / min(max(1 << (size - 1).bit_length(), 16), TILE))
 
 
 def _backward(inputs: Any, do: Any) -> Any:
@@ -65,10 +114,8 @@ def _backward(inputs: Any, do: Any) -> Any:
 
 def _dqkwg(q: Any, k: Any, g: Any, w: Any) -> Any:
     """chunk_bwd_dqkwg: one dg for every tile of the key's size, then their sum."""
-    size = k.shape[-1]
-    tile = min(max(1 << (size - 1).bit_length(), 16), TILE)
     dq, dk = _per_value_head(q, g), _per_value_head(k, g)
-    dg = g.new_empty(math.ceil(size / tile), *g.shape)
+    dg = g.new_empty(_tiles(k.shape[-1]), *g.shape)
     dw = torch.empty_like(w)
     dq, dk = _grouped(dq, q), _grouped(dk, k)
     return dq, dk, dw, dg.sum(0)

@@ -10,17 +10,20 @@ FlashAttnFunc and FlashAttnVarlenFunc (2.8), aten/src/ATen/native/transformers/c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 from transformers.integrations.flash_attention import get_target_dtype
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 aten = torch.ops.aten
 # "flash" in the name is what transformers' models ask for before they pass the bounds of windows and packed samples.
 NAME = "memfit_flash_attention_2"
+PASSES = "memfit_flash_passes"
 
 
 class _Bounds(NamedTuple):
@@ -37,6 +40,29 @@ def use_flash(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
             module.config._attn_implementation = NAME
+
+
+@contextmanager
+def attention_passes(model: Any) -> Iterator[None]:
+    """Within, attention that is sdpa hands its queries on, windows in one call: for a look at shapes alone.
+
+    Masks stay those of sdpa.
+    """
+    AttentionInterface.register(PASSES, _queries)
+    AttentionMaskInterface.register(PASSES, sdpa_mask)
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    before = [(one, one._attn_implementation) for one in configs.values() if hasattr(one, "_attn_implementation")]
+    try:
+        for config, name in before:
+            config._attn_implementation = PASSES if name == "sdpa" else name
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+def _queries(module: Any, query: torch.Tensor, *others: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    return query.transpose(1, 2), None
 
 
 def flash_attention(

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -13,6 +14,8 @@ aten = torch.ops.aten
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Floating-point operations of `func`; 0 for what only moves or adds."""
+    if id(func) in _NONE:
+        return 0
     packet = func._overloadpacket
     places = _PRODUCTS.get(packet)
     if places is not None:
@@ -23,8 +26,16 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if own is not None:
         return own(args, kwargs)
     if packet not in flop_registry:
+        _NONE.add(id(func))
         return 0
     return int(flop_registry[packet](*args, **kwargs, out_val=out))
+
+
+def add_flops(count: int) -> None:
+    """A stand-in tells whoever traces it what the kernel multiplies: 2 for a multiply-add."""
+    for mode in _get_current_dispatch_mode_stack():
+        if hasattr(mode, "add_flops"):
+            mode.add_flops(count)
 
 
 def _sdpa(args: Any, kwargs: Any) -> int:
@@ -63,8 +74,10 @@ def _triangular(args: Any, kwargs: Any) -> int:
     return int(right.numel() * left.shape[-1])
 
 
+# Operators known to count nothing, by identity: they live as long as torch does.
+_NONE: set[int] = set()
 # Products of matrices, with the place of the left one among the arguments.
-_PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}
+_PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1}
 # torch counts the CUDA kernels of attention only; the CPU's has the same arguments in front.
 _OWN = {
     aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,

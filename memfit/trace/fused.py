@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from memfit.trace.flops import add_flops
+
 
 class _LigerLinearCrossEntropy(torch.autograd.Function):
     """Liger's fused linear cross-entropy, reduction "sum".
@@ -42,8 +44,9 @@ class _LigerLinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None and plain:
                 grad_weight.addmm_(logits_CV.t(), piece_CD)
             elif grad_weight is not None:
-                # A 16-bit product is added to fp32 in place, which no CPU operator does: its FLOPs are not counted.
+                # A 16-bit product is added to fp32 in place, which no CPU operator does.
                 grad_weight.add_(0)
+                add_flops(2 * len(piece_CD) * weight.numel())
             if grad_bias is not None:
                 grad_bias.add_(logits_CV.sum(0))
             del logits_CV

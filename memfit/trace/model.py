@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from memfit.build.arrange import Arranged, Options, arrange
 from memfit.build.checkpointing import Contexts, Recompute, checkpointed_layers
 from memfit.build.freeze import DTYPES
 from memfit.build.load import empty_model
+from memfit.build.loss import ChunkedLoss, Loss
 from memfit.catalog.precisions import PRECISIONS
 from memfit.families.base import Family
 from memfit.planner.parts import ResolvedParts
@@ -49,26 +51,49 @@ def attention_name(recipe: Recipe) -> str:
 
 
 def recompute_under(
-    model: nn.Module, mode: AbstractContextManager[Any], host: Callable[[], AbstractContextManager[Any]]
+    model: nn.Module,
+    modes: Sequence[AbstractContextManager[Any]],
+    host: Callable[[], AbstractContextManager[Any]] | None,
+    keep: Callable[[nn.Module], Any],
 ) -> None:
-    """Checkpointed layers compute again under `mode`: backward itself runs without it (functions called from the
-    engine inside an overridden `backward` would not see it). What they keep in host memory goes there under `host`."""
+    """Checkpointed layers compute again under `modes`: backward itself runs without them (functions called from the
+    engine inside an overridden `backward` would not see them). What they keep in host memory goes there under `host`,
+    None where the device is the host. `keep(layer)` gives what checkpointing holds for each call beside the graph."""
 
-    def contexts(own: Contexts) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    def contexts(layer: nn.Module, own: Contexts) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         forward, again = own()
-        return forward, _both(mode, again)
+        return forward, _Again((*modes, again), functools.partial(keep, layer))
 
     for module in checkpointed_layers(model):
         run: Any = module._gradient_checkpointing_func
-        around = nullcontext if run.around is nullcontext else host
-        again: Any = Recompute(functools.partial(contexts, run.contexts), around)
+        around = run.around if run.around is nullcontext or host is None else host
+        again: Any = Recompute(functools.partial(contexts, module, run.contexts), around)
         module._gradient_checkpointing_func = again
 
 
-@contextmanager
-def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
-    with first, second:
-        yield
+def recomputed_loss(loss: Loss, modes: Sequence[AbstractContextManager[Any]]) -> Loss:
+    """The loss that computes its chunks again under `modes`; one that computes nothing again stays as it is."""
+    if not isinstance(loss, ChunkedLoss):
+        return loss
+    return dataclasses.replace(loss, contexts=lambda: (nullcontext(), _Again(modes, lambda: None)))
+
+
+class _Again:
+    """Around the second forward of one call. It lives as long as the state of the generators that
+    torch.utils.checkpoint:checkpoint keeps for the call, and makes the one that fork_rng holds meanwhile."""
+
+    def __init__(self, contexts: Sequence[AbstractContextManager[Any]], keep: Callable[[], Any]) -> None:
+        self._contexts, self._keep = contexts, keep
+        self._kept, self._forked, self._stack = keep(), None, ExitStack()
+
+    def __enter__(self) -> None:
+        self._forked = self._keep()
+        for context in self._contexts:
+            self._stack.enter_context(context)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+        self._forked = None
 
 
 def make_fake(model: nn.Module, fakes: Fakes) -> None:
@@ -77,8 +102,11 @@ def make_fake(model: nn.Module, fakes: Fakes) -> None:
 
     def fake(tensor: torch.Tensor, parameter: bool) -> torch.Tensor:
         if id(tensor) not in made:
-            new = fakes.empty(tensor.size(), tensor.stride(), tensor.dtype)
-            made[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if parameter else new
+            new: Any = fakes.empty(tensor.size(), tensor.stride(), tensor.dtype)
+            if parameter:
+                # What nn.Parameter(new) makes of a tensor of another class, without an operator for each.
+                new.requires_grad_(tensor.requires_grad)._is_param = True
+            made[id(tensor)] = new
         return made[id(tensor)]
 
     for module in model.modules():

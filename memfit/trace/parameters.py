@@ -13,6 +13,7 @@ from memfit.errors import UserError
 from memfit.families.base import Family
 from memfit.inputs import cache
 from memfit.specs.profile import ParameterRow, Profile
+from memfit.trace.collection import no_collection
 
 
 def profile_of(config: Mapping[str, Any], family: Family, folder: Path | None = None) -> Profile:
@@ -20,7 +21,8 @@ def profile_of(config: Mapping[str, Any], family: Family, folder: Path | None = 
     key = cache.profile_key(config, family.name)
     found = cache.load_profile(key, folder)
     if found is None:
-        found = read_profile(config, family)
+        with no_collection():
+            found = read_profile(config, family)
         cache.store_profile(found, folder)
     return found
 

@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from memfit.build.adapters import base_name
+from memfit.families.names import Where, base_name
 from memfit.specs.stretch import Stretch
 from memfit.specs.trace import Event
-from memfit.trace.summary import INPUT, Where
+from memfit.trace.summary import INPUT
+
+WRAPPED = ".base_layer"  # peft.tuners.tuners_utils:BaseTunerLayer.get_base_layer
+ADAPTER = ".adapter"  # behind a layer's name: what the module around it computes
 
 
 def stretches(events: Iterable[Event], locate: Callable[[str], Where]) -> tuple[Stretch, ...]:
     """The stretches of a step, in order. `locate` gives the part and block of a path."""
     events = list(events)
-    cutter = _Cutter(kept_for_backward(events), locate)
+    cutter = _Cutter(kept_for_backward(events), locate, wrappers(events))
     for at, event in enumerate(events):
         cutter.take(at, event)
     cutter.close()
     return tuple(cutter.rows)
+
+
+def wrappers(events: Iterable[Event]) -> frozenset[str]:
+    """Paths of modules that PEFT put around a layer. They own no parameters: what an engine gathers for the layer has
+    no part in what they compute themselves, which may be all that the layer's place has in backward."""
+    return frozenset(event.path.partition(WRAPPED)[0] for event in events if WRAPPED in event.path)
 
 
 def kept_for_backward(events: Iterable[Event]) -> set[int]:
@@ -38,12 +47,14 @@ def kept_for_backward(events: Iterable[Event]) -> set[int]:
 class _Cutter:
     kept: set[int]
     locate: Callable[[str], Where]
+    wrappers: frozenset[str] = frozenset()
     rows: list[Stretch] = field(default_factory=list)
     now: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("inputs", "saved", "transient", "gradients"), 0))
     alive: dict[int, tuple[int, str]] = field(default_factory=dict)
     open: Stretch | None = None
     block: Where | None = None
     saved_before: int = 0
+    path: str | None = None  # of the last allocation, while its stretch is open
 
     def take(self, at: int, event: Event) -> None:
         if event.kind == "alloc":
@@ -59,7 +70,7 @@ class _Cutter:
             self._gradient(at, event)
         else:
             self.close()
-            self.saved_before, self.block = self.now["saved"], None
+            self.saved_before, self.block, self.path = self.now["saved"], None, None
             self.open = self._row(at, event.phase, "")
 
     def close(self) -> None:
@@ -68,8 +79,12 @@ class _Cutter:
         self.open = None
 
     def _enter(self, at: int, event: Event) -> None:
-        module = base_name(event.path + ".").rstrip(".")
-        where = self.locate(event.path)
+        path = event.path
+        if self.open is not None and path == self.path and event.phase == self.open.phase:
+            return
+        self.path = path
+        module = base_name(path + ".").rstrip(".") + (ADAPTER if path in self.wrappers else "")
+        where = self.locate(path)
         if where != self.block:
             self.block, self.saved_before = where, self.now["saved"]
         if self.open is None or (self.open.phase, self.open.module) != (event.phase, module):

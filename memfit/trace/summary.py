@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from memfit.families.names import Where
 from memfit.specs.trace import Event, PartPeak, PeakRow, SavedRow
 
 INPUT = "input"  # the op of a storage that the batch brought
-Where = tuple[str, int | None]  # part, block
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class _Replay:
     peaks: dict[str, PeakRow] = field(default_factory=dict)
     activation_peaks: dict[str, PeakRow] = field(default_factory=dict)
     parts: dict[tuple[str, str, int | None], int] = field(default_factory=dict)
+    highest: dict[tuple[str, bool], int] = field(default_factory=dict)  # (phase, with gradients)
 
     def take(self, event: Event) -> None:
         if event.kind == "alloc":
@@ -93,12 +94,14 @@ class _Replay:
 
     def _look(self, event: Event) -> None:
         now, phase = self.now, event.phase
+        part, block = self.locate(event.path)
         total = sum(now.values())
         for peaks, size in ((self.peaks, total), (self.activation_peaks, total - now["gradients"])):
-            old = peaks.get(phase)
-            if old is None or size > old.bytes - (old.gradients if peaks is self.activation_peaks else 0):
-                part, block = self.locate(event.path)
+            old = self.highest.get((phase, peaks is self.peaks))
+            if old is None or size > old:
+                self.highest[(phase, peaks is self.peaks)] = size
                 peaks[phase] = PeakRow(phase, total, **now, part=part, block=block, op=event.op)
         if event.kind == "alloc":
-            key = (phase, *self.locate(event.path))
-            self.parts[key] = max(self.parts.get(key, 0), now["transient"])
+            key = (phase, part, block)
+            if now["transient"] >= self.parts.get(key, 0):
+                self.parts[key] = now["transient"]

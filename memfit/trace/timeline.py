@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from memfit.specs.trace import Event, Moment
 from memfit.trace.stretches import kept_for_backward
@@ -13,36 +13,42 @@ WINDOWS = 160  # per traced step; of each window the highest and the lowest mome
 
 def thinned(events: Sequence[Event], windows: int = WINDOWS) -> tuple[Moment, ...]:
     """At most two moments a window, in order, each phase in at least two windows: no peak and no valley is lost."""
-    moments = list(_moments(events))
-    phases = list(dict.fromkeys(moment.phase for moment in moments))
+    course = _course(events)
+    by_phase: dict[str, list[int]] = {}
+    for at, event in enumerate(events):
+        by_phase.setdefault(event.phase, []).append(at)
+    total = [sum(row) for row in course]
     kept: list[Moment] = []
-    for phase in phases:
-        own = [moment for moment in moments if moment.phase == phase]
-        count = min(len(own), max(2, round(windows * len(own) / len(moments))))
+    for phase, own in by_phase.items():
+        count = min(len(own), max(2, round(windows * len(own) / len(events))))
         for place in range(count):
             window = own[place * len(own) // count : (place + 1) * len(own) // count]
-            ends = {max(window, key=lambda row: row.bytes), min(window, key=lambda row: row.bytes)}
-            kept += sorted(ends, key=lambda row: row.at)
+            ends = {max(window, key=total.__getitem__), min(window, key=total.__getitem__)}
+            kept += [Moment(at, phase, *course[at]) for at in sorted(ends)]
     return tuple(kept)
 
 
-def _moments(events: Iterable[Event]) -> Iterator[Moment]:
-    """What is alive after each event. What autograd keeps is what is alive when backward begins."""
-    events = list(events)
-    saved = kept_for_backward(events)
-    now = dict.fromkeys(("inputs", "saved", "transient", "gradients"), 0)
-    alive: dict[int, tuple[int, str]] = {}
-    for at, event in enumerate(events):
-        if event.kind == "alloc":
-            role = "inputs" if event.op == INPUT else "saved" if event.storage in saved else "transient"
-            alive[event.storage] = (event.bytes, role)
-            now[role] += event.bytes
-        elif event.kind == "free":
-            size, role = alive.pop(event.storage)
+def _course(events: Sequence[Event]) -> list[tuple[int, int, int, int]]:
+    """Bytes of inputs, saved, transient and gradients that are alive after each event.
+
+    What autograd keeps is what is alive when backward begins.
+    """
+    kept = kept_for_backward(events)
+    now = [0, 0, 0, 0]
+    alive: dict[int, tuple[int, int]] = {}
+    course = []
+    for kind, storage, size, _, _, op in events:
+        if kind == "alloc":
+            role = 0 if op == INPUT else 1 if storage in kept else 2
+            alive[storage] = (size, role)
+            now[role] += size
+        elif kind == "free":
+            size, role = alive.pop(storage)
             now[role] -= size
-        elif event.kind == "gradient":
-            size, role = alive[event.storage]
+        elif kind == "gradient":
+            size, role = alive[storage]
             now[role] -= size
-            now["gradients"] += size
-            alive[event.storage] = (size, "gradients")
-        yield Moment(at, event.phase, **now)
+            now[3] += size
+            alive[storage] = (size, 3)
+        course.append((now[0], now[1], now[2], now[3]))
+    return course

@@ -30,8 +30,10 @@ Workspace = Callable[[Any, Any], int]
 Locate = Callable[[str], tuple[str, int | None]]
 # A real integer tensor above this size becomes fake: model code reads lengths and ids, never a whole attention mask.
 LARGEST_REAL = 1 << 24
+VISIT = "visit"  # the operator of an event of no bytes: a module ran and made nothing
 # Asked of every fake tensor several times an operator.
 _DEVICE_OF = torch.ops.prim.device.default
+_INDEX, _ADD, _ADD_IN_PLACE = aten.index.Tensor, aten.add.Tensor, aten.add_.Tensor
 
 
 class StepTracker(TorchDispatchMode):
@@ -53,6 +55,7 @@ class StepTracker(TorchDispatchMode):
         self.recording = True
         self._paths = {id(module): name for name, module in model.named_modules()}
         self._stack: list[str] = [""]
+        self._made: list[int] = []
         self._sequence: list[int] = [0]
         self._sequence_paths: list[str] = [""]
         self._live: dict[int, tuple[int, weakref.ref[Any]]] = {}
@@ -109,15 +112,36 @@ class StepTracker(TorchDispatchMode):
         """
         return torch.autograd.graph.saved_tensors_hooks(self._to_host, self._from_host)
 
+    def keep_generator(self, layer: nn.Module) -> torch.Tensor | None:
+        """A new tensor as large as the state of the CPU's generator, in the name of `layer`.
+
+        torch.utils.checkpoint keeps one for every call of a layer (torch.get_rng_state, which no mode sees). A GPU's
+        state is a tensor in host memory (torch.cuda.get_rng_state), so that nothing of it lies on the device.
+        """
+        if not self.recording:
+            return None
+        path = self._paths.get(id(layer), "")
+        self._mark(path)
+        state = self._fakes.empty((torch.get_rng_state().numel(),), (1,), torch.uint8)
+        self._record(state, "get_rng_state", path)
+        return state
+
     # ---- modules -----------------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._stack.append(self._paths.get(id(module), self._stack[-1]))
+        self._made.append(self._count)
         self._turn()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._stack.pop()
+        path, made = self._stack.pop(), self._made.pop()
         self._turn()
+        if self.recording and made == self._count and module._parameters:
+            # Run again while its results were kept (selective checkpointing), or a head that hands its input on: an
+            # engine gathers its parameters all the same (deepspeed.runtime.zero.parameter_offload: the hooks of every
+            # module), so something must say so.
+            self._mark(path)
+            self._pass_through(0, path, VISIT)
 
     def _turn(self) -> None:
         """From this autograd sequence number on, nodes belong to the module on top of the stack."""
@@ -164,9 +188,17 @@ class StepTracker(TorchDispatchMode):
             self._pass_through(inside, path, op)
         count = flops_of(func, args, kwargs, out)
         if count:
-            key = (self.phase, path)
-            self.flops[key] = self.flops.get(key, 0) + count
+            self._work(path, count)
         return out
+
+    def add_flops(self, count: int) -> None:
+        """Operations of a fused kernel: of its stand-in no operator tells of them."""
+        if self.recording:
+            self._work(self._path(), count)
+
+    def _work(self, path: str, count: int) -> None:
+        key = (self.phase, path)
+        self.flops[key] = self.flops.get(key, 0) + count
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         fake = (args and type(args[0]) is FakeTensor) or any(
@@ -174,12 +206,12 @@ class StepTracker(TorchDispatchMode):
         )
         if not fake and not _makes_float(kwargs):
             return self._real(func, args, kwargs)
-        if func is aten.index.Tensor:
+        if func is _INDEX:
             args = (args[0], [place for index in args[1] for place in self._positions(index)])
-        elif func is aten.add.Tensor and self._is_engine_sum(args):
+        elif func is _ADD and self._is_engine_sum(args):
             # The engine sums a gradient in place when it holds the last reference, but never with a mode active
             # (torch/csrc/autograd/input_buffer.cpp: can_accumulate_inplace).
-            func = aten.add_.Tensor
+            func = _ADD_IN_PLACE
         return self._fakes.run(func, args, kwargs)
 
     def _real(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -15,6 +16,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from memfit.build.build import Built
+from memfit.build.loss import ChunkedLoss
 from memfit.engine import train as engine_train
 from memfit.engine import worker
 from memfit.engine.train import train
@@ -26,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the script runs by its pat
 from tests.invariant.live import Watch
 
 Step = Callable[..., torch.Tensor]
+CHUNK = 4  # positions of a chunked loss: the tests' answers must take several, and each rank another number
 
 
 def main(file: Path) -> None:
@@ -43,7 +47,7 @@ def run(cases: list[dict[str, Any]]) -> None:
         (folder.path / "logs").mkdir(exist_ok=True)
         job = worker.job_of(folder, pilot=False)
         worker.join(job.plan.forecast.hardware)
-        with planted(case["fault"]), watched(folder.path):
+        with planted(case["fault"]), watched(folder.path), small_chunks():
             train(job)
         forget()
     torch.distributed.destroy_process_group()
@@ -73,6 +77,24 @@ def watched(folder: Path) -> Iterator[None]:
         yield
     finally:
         engine_train._trainer = make
+
+
+@contextlib.contextmanager
+def small_chunks() -> Iterator[None]:
+    """A chunked loss takes CHUNK positions at a time."""
+    make = engine_train.build
+
+    def small(*args: Any, **kwargs: Any) -> Built:
+        built = make(*args, **kwargs)
+        if not isinstance(built.loss, ChunkedLoss):
+            return built
+        return dataclasses.replace(built, loss=dataclasses.replace(built.loss, chunk=CHUNK))
+
+    engine_train.build = small  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        engine_train.build = make
 
 
 @contextlib.contextmanager

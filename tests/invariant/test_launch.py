@@ -87,3 +87,34 @@ except KeyboardInterrupt:
     assert process.wait(timeout=60) == 130
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+
+
+def test_ranks_that_wait_for_ever_are_ended_and_named(tmp_path: Path) -> None:
+    text = """
+import os, pathlib, sys, time
+from memfit.engine.stall import STALLED, Patience
+def waits_for_the_other():
+    while True:
+        time.sleep(0.01)
+patience = Patience(pathlib.Path(sys.argv[1]) / STALLED.format(rank=os.environ["RANK"]), 2)
+patience.on_train_begin()
+if os.environ["RANK"] == "1":
+    patience.on_train_end()  # this one is done and would live on
+    time.sleep(120)
+waits_for_the_other()
+"""
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match=r"rank 0 in waits_for_the_other \(rank.py:6\)"):
+        start([script(tmp_path, text), str(tmp_path / "logs")], 2, tmp_path / "logs")
+    assert time.monotonic() - began < 60
+
+
+def test_patience_is_called_where_transformers_calls() -> None:
+    """The names that the waiting is renewed by are upstream's."""
+    from transformers import TrainerCallback
+
+    from memfit.engine.stall import Patience
+
+    own = {name for name in vars(Patience) if name.startswith("on_")}
+    assert own == {name for name in own if hasattr(TrainerCallback, name)}
+    assert {"on_substep_end", "on_step_end", "on_train_end"} <= own

@@ -23,6 +23,7 @@ from memfit.planner.plan import plan_json
 from memfit.trace.prepare import prepare
 
 SCRIPT = Path(__file__).parent / "cases.py"
+LOSS, GRADIENT, WEIGHT = 1e-5, 1e-4, 1e-4  # the largest relative difference of a step, a step, a saved tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,31 @@ class Common:
     model: Path
     data: Path
     sets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """How far a run is from the one-process run: the worst step's loss and gradient norm, the worst saved tensor."""
+
+    group: str
+    case: str
+    loss: float
+    gradient: float
+    weight: float
+
+
+FOUND: list[Gaps] = []  # of all comparisons of this session, for `tests.invariant.matrix`
+
+
+def follows(group: str, case: str, alone: Outcome, found: Outcome) -> None:
+    """Assert that a run saw the tokens of the one-process run, and learned the same."""
+    assert found.tokens == alone.tokens, case
+    weight, tensor = worst_weight(alone, found)
+    gaps = Gaps(group, case, worst_loss(alone, found), worst_gradient(alone, found), weight)
+    FOUND.append(gaps)
+    assert gaps.loss <= LOSS, case
+    assert gaps.gradient <= GRADIENT, case
+    assert gaps.weight <= WEIGHT, f"{case}: {tensor} differs by {weight:.2e}"
 
 
 def run_alone(common: Common, case: Case, root: Path) -> Outcome:
@@ -134,14 +160,18 @@ def worst_gradient(one: Outcome, other: Outcome) -> float:
 def worst_weight(one: Outcome, other: Outcome) -> tuple[float, str]:
     """The largest relative difference of a saved tensor (in the 2-norm), and its name.
 
-    Biases of attention's keys are left out: softmax cancels what is added to all keys alike, so that their gradient is
-    zero but for rounding, which Adam blows up to whole steps.
+    Biases of attention's keys are left out (of a packed bias of queries, keys and values the middle third): softmax
+    cancels what is added to all keys alike, so that their gradient is zero but for rounding, which Adam blows up to
+    whole steps.
     """
     assert one.weights.keys() == other.weights.keys()
     found = []
     for name, value in one.weights.items():
         if name.endswith("k_proj.bias"):
             continue
-        gap = torch.linalg.vector_norm(value.double() - other.weights[name].double())
+        found_there = other.weights[name]
+        if name.endswith("in_proj_bias"):
+            value, found_there = (torch.cat(bias.chunk(3)[::2]) for bias in (value, found_there))
+        gap = torch.linalg.vector_norm(value.double() - found_there.double())
         found.append((float(gap / (torch.linalg.vector_norm(value.double()) + 1e-12)), name))
     return max(found)

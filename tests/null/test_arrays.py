@@ -21,11 +21,11 @@ from memfit.planner.estimate import estimate_states
 from memfit.planner.parts import parameter_groups, resolve_parts
 from memfit.specs.ledger import PHASES
 from memfit.specs.plan import Forecast
-from memfit.specs.recipe import Levers, Recipe
+from memfit.specs.recipe import Levers, Lora, Recipe
 from memfit.specs.stretch import Stretch
 from memfit.specs.trace import StepTrace
 from memfit.strategies import STRATEGIES
-from tests.null.hand_model import BUFFERS, FAMILY, TENSORS, profile
+from tests.null.hand_model import BUFFERS, FAMILY, NUMEL, TENSORS, profile
 
 COUNT = 1000
 FEW = 120  # enough to see a planted error
@@ -156,3 +156,39 @@ def test_a_tenth_more_of_any_engine_piece_is_seen(many: tuple[list[Forecast], li
             for number, forecast in enumerate(forecasts)
         )
         assert wrong > 2, piece
+
+
+@pytest.mark.parametrize(("gpus", "kept"), [("2xcpu", sum(NUMEL.values()) // 2 * 4), ("2xA100-40G", 0)])
+def test_offloaded_gradients_stay_where_the_host_is_the_device(gpus: str, kept: int) -> None:
+    """FSDP2 moves each share of the gradients to the host as it is ready. Between CPU ranks it stays where it was:
+    half of every tensor, 4 B an element; a GPU keeps nothing."""
+    levers = Levers(parallel="fsdp", precision="fp32", offload="params+optimizer")
+    forecast = estimate_states(Recipe(model="m", levers=levers, batch=2), PROFILE, FAMILY, parse_hardware(gpus))
+    groups = parameter_groups(PROFILE, resolve_parts(forecast.recipe, FAMILY, PROFILE), forecast.recipe.lora)
+    counting = Counting(forecast.recipe, forecast.hardware, groups)
+    rows = Stages(counting, stretches(4), FAMILY.blocks).pieces["kept"]
+    assert (rows[0], rows[-1]) == (0, kept)
+
+
+def test_doras_module_has_the_weight_beside_it_gathered() -> None:
+    """ZeRO-3 gathers q_proj (256 elements of 2 B) for the layer and for DoRA's module, which is all that runs back."""
+    values = {
+        "stage3_param_persistence_threshold": 20,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 0,
+    }
+    levers = Levers(parallel="zero3", precision="bf16-mixed")
+    recipe = Recipe(
+        model="m", method="lora", lora=Lora(variant="dora"), levers=levers, engine={"zero": values}, batch=2
+    )
+    forecast = estimate_states(recipe, PROFILE, FAMILY, parse_hardware("2xA100-40G"))
+    groups = parameter_groups(PROFILE, resolve_parts(forecast.recipe, FAMILY, PROFILE), forecast.recipe.lora)
+    counting = Counting(forecast.recipe, forecast.hardware, groups)
+    layer = "lm.layers.0.q_proj"
+    modules = [
+        ("forward", layer),
+        ("forward", f"{layer}.adapter"),
+        ("backward", f"{layer}.lora_magnitude_vector.default"),
+    ]
+    rows = [Stretch(at, phase, module, 0, 0, 0, 0, 0) for at, (phase, module) in enumerate(modules)]
+    assert Stages(counting, rows, FAMILY.blocks).pieces["gathered"] == [512, 0, 512]

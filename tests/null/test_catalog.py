@@ -6,7 +6,7 @@ import pytest
 
 from memfit.catalog.gpus import GPUS, find_gpu, parse_hardware
 from memfit.catalog.methods import METHODS, NF4, NF4_DOUBLE, default_mode
-from memfit.catalog.optimizers import OPTIMIZERS, STATE_RULES, find_optimizer, is_paged, state_bytes, state_rule_text
+from memfit.catalog.optimizers import OPTIMIZERS, STATE_RULES, find_optimizer, is_paged, state_bytes, state_formula
 from memfit.catalog.precisions import ALONE, FSDP, PRECISIONS, ZERO, nearest_precision, precision_under
 from memfit.catalog.torch_builds import TORCH_BUILDS
 from memfit.errors import UserError
@@ -123,7 +123,7 @@ def test_8bit_adam_is_2_031_bytes_a_parameter() -> None:
 def test_optimizer_row(row: object) -> None:
     optimizer = OPTIMIZERS[row.name]  # type: ignore[attr-defined]
     assert optimizer.states in STATE_RULES
-    assert state_rule_text(optimizer, 4)
+    assert "x 4 B" in (text := state_formula(optimizer, [(64, 256), (8,)], ["linear", "norm"], 4)) or "4 B each" in text
     assert optimizer.runs_on <= set(STRATEGIES)
     assert optimizer.step_temporary in {"none", "state-copy", "unknown"}
     assert optimizer.source

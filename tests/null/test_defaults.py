@@ -209,3 +209,13 @@ def test_all_problems_at_once() -> None:
     for words in ("batch 31", "parts.audio", "last-9", "needs bf16", "levers.offload"):
         assert words in error.problem
     assert error.exit_code == 1
+
+
+def test_selective_checkpointing_of_layers_with_a_bias_is_refused_under_zero3() -> None:
+    """The hand model's eye has biases in its blocks, its language model has none."""
+    error = refused("2xA100-40G", levers=Levers(parallel="zero3", checkpointing="selective"))
+    assert "adds the bias of 2 layers twice (eye.blocks.0.fc.bias ...)" in error.problem
+    assert error.hint == "levers.checkpointing: full"
+    only: Any = {"vision": "full", "connector": "none", "language": "selective"}
+    effective("2xA100-40G", levers=Levers(parallel="zero3", checkpointing=only))
+    effective("2xA100-40G", levers=Levers(parallel="zero2", checkpointing="selective"))

@@ -56,6 +56,13 @@ def test_several_parameters_of_one_module_share_a_flat_buffer() -> None:
     assert by_module([[0, 1]], ELEMENTS, BYTES, EngineNumbers(gather="module", live_elements=10**9)) == [(60, 120)]
 
 
+def test_waiting_for_one_copies_all_of_its_collective() -> None:
+    """The second and third (100 B) come in one buffer while the first (20 B) runs. The second's wait copies both, the
+    buffer stays for the third: 200 B; then the third's copy and the buffer, of which only the copy is left."""
+    engine = EngineNumbers(gather="module", live_elements=10**9, prefetch_elements=50)
+    assert by_module([[0], [1], [2]], ELEMENTS, BYTES, engine) == [(120, 20), (200, 200), (60, 160)]
+
+
 def test_blocks_and_the_root() -> None:
     """Root 100, blocks 10 and 20: block and the last collective's buffer forward, block and the next buffer back."""
     visits = [
@@ -116,6 +123,16 @@ def test_the_own_share_is_made_at_the_first_reduction() -> None:
     engine = EngineNumbers(keep_ways=0, bucket_elements=35, bucket_width=2, buckets=1, ranks=2, partition_ways=2)
     assert gradients(engine, partition=64)["partition"] == [0, 0, 64, 64, 64]
     assert gradients(engine, partition=64, accumulated=64)["partition"] == [64, 64, 128, 128, 128]
+
+
+def test_a_new_share_comes_when_the_copy_of_the_bucket_has_gone() -> None:
+    """All fits into one bucket, reduced at the end: a copy of 120 B, then the share of 64 B in its place; together they
+    never are more than the copy. With a smaller bucket the share is there when the next copy (of 60 B) is made."""
+    values = {"keep_ways": 0, "bucket_width": 2, "buckets": 1, "ranks": 2, "partition_ways": 2}
+    found = gradients(EngineNumbers(bucket_elements=100, copy_when="spans-ranks", **values), partition=64)  # type: ignore[arg-type]
+    assert [found["copy"][-1], found["partition"][-1]] == [120 - 64, 64]
+    found = gradients(EngineNumbers(bucket_elements=35, copy_when="uneven", **values), partition=64)  # type: ignore[arg-type]
+    assert [found["copy"][-1], found["partition"][-1]] == [60, 64]
 
 
 def test_blocks_reduce_when_their_last_gradient_is_there() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from memfit.errors import UserError
 from memfit.families import FAMILIES, family_for, llava, minicpmv4_6, minicpmv4_7, qwen2_5_vl
+from memfit.families import budget as budget_rules
 from memfit.families.base import Family
 from memfit.specs.recipe import ImageBudget
 
@@ -199,6 +200,47 @@ def test_downsample_mode_is_one_for_processor_and_model() -> None:
         settings = minicpmv4_6.processor_settings({**MINICPM, **config}, preprocessor, ImageBudget())
         assert settings["downsample_mode"] == mode
         assert family.forward_kwargs(config, settings) == {"downsample_mode": mode}
+        for pinned in ("4x", "16x"):  # the recipe's goes before both files'
+            budget = ImageBudget(downsample_mode=pinned)
+            settings = minicpmv4_6.processor_settings({**MINICPM, **config}, preprocessor, budget)
+            assert family.forward_kwargs(config, settings) == {"downsample_mode": pinned}
+
+
+def test_downsample_mode_prices_a_picture() -> None:
+    """1344 x 1344 px: ten crops of 32 x 32 patches, 4 or 16 of which become a token."""
+    for mode, tokens in (("16x", 640), ("4x", 2560)):
+        settings = minicpmv4_6.processor_settings(MINICPM, {}, ImageBudget(downsample_mode=mode))
+        cost = minicpmv4_6.image_cost(settings, 1344, 1344)
+        assert (cost.patches, cost.tokens) == (10240, tokens)
+    settings = minicpmv4_6.processor_settings(MINICPM, {}, ImageBudget(downsample_mode="4x", max_tokens=722))
+    assert settings["max_slice_nums"] < 8  # of the 16x mode, for the same tokens
+
+
+def test_in_4x_mode_the_window_merger_is_not_reached() -> None:
+    for family in (minicpmv4_6.FAMILY, minicpmv4_7.FAMILY):
+        assert family.unreached is not None
+        assert family.unreached({"downsample_mode": "4x"}) == ("model.vision_tower.vit_merger.",)
+        assert family.unreached({"downsample_mode": "16x"}) == family.unreached({}) == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "hint"),
+    [
+        ({"model_type": "minicpmv", "version": 2.6}, "the 64 queries that a crop becomes are fixed by", "max_slices"),
+        ({"model_type": "minicpmv", "version": "2.5", "query_num": 96}, "the 96 queries", "max_slices"),
+        ({"model_type": "qwen2_5_vl"}, "always merges its patches", "max_tokens"),
+        (LLAVA, "fixed by this model", "downsample_mode: auto"),
+        ({"model_type": "llama"}, "takes no pictures", "downsample_mode: auto"),
+    ],
+)
+def test_downsample_mode_is_refused_where_there_is_none(model: dict, words: str, hint: str) -> None:
+    family = family_for(model)
+    crop = CROP if model is LLAVA else {}
+    assert budget_rules.picture_settings(family, model, crop, ImageBudget()) is not None
+    with pytest.raises(UserError, match=words) as caught:
+        budget_rules.picture_settings(family, model, crop, ImageBudget(downsample_mode="4x"))
+    assert "image.downsample_mode: 4x has no effect" in caught.value.problem
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,11 @@ def test_remote_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_kind(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path / "m", pytorch_model__bin=b"1")
-    with pytest.raises(UserError, match=r"no safetensors weights .* \(only pytorch_model.bin\)"):
+    folder = folder_with(tmp_path / "m", model__gguf=b"1")
+    with pytest.raises(UserError, match=r"no safetensors weights .* \(only model.gguf\)"):
         require_weights(find_model(str(folder)))
+    folder_with(tmp_path / "m", pytorch_model__bin=b"1")
+    assert require_weights(find_model(str(folder))).weight_bytes == 1  # read as plain tensors when it is loaded
 
 
 @pytest.fixture

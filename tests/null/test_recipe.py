@@ -19,7 +19,8 @@ workload.tokens workload.images workload.image_size method parts lora lora.rank 
 lora.targets lora.variant lora.dtype lora.init lora.modules_to_save lora.kbit_upcast levers levers.precision
 levers.autocast levers.optimizer levers.checkpointing levers.loss levers.attention levers.linear_attention
 levers.parallel levers.offload levers.offload_to levers.pin_memory levers.activation_offload levers.allocator
-levers.micro_batch levers.packing image image.max_slices image.max_pixels image.max_tokens max_length batch
+levers.micro_batch levers.packing image image.max_slices image.max_pixels image.max_tokens
+image.downsample_mode max_length batch
 schedule schedule.epochs schedule.steps schedule.learning_rate schedule.warmup schedule.kind schedule.weight_decay
 schedule.betas schedule.clip loader loader.workers loader.prefetch loader.pin generate generate.max_new_tokens run
 run.folder run.save_every run.keep run.eval_every run.on_oom run.report_to allow goal hardware hardware.gpus
@@ -89,6 +90,7 @@ def test_a_key_on_the_wrong_level_is_pointed_to_its_place() -> None:
     ("data", "text"),
     [
         ({"image": {"max_slices": 4, "max_tokens": 500}}, "one image budget at a time"),
+        ({"image": {"downsample_mode": "8x"}}, "image.downsample_mode"),
         ({"parts": {"vision": "last-0"}}, "expected frozen, lora, full or last-N"),
         ({"parts": {"visoin": "full"}}, "visoin"),
         ({"levers": {"checkpointing": "every-x"}}, "every-N"),
@@ -103,6 +105,12 @@ def test_a_key_on_the_wrong_level_is_pointed_to_its_place() -> None:
 )
 def test_wrong_values_are_named(data: dict, text: str) -> None:
     assert text in mistakes({"model": "m"} | data)
+
+
+def test_a_downsample_mode_stands_beside_an_image_budget() -> None:
+    recipe = recipe_from({"model": "m", "image": {"downsample_mode": "4x", "max_tokens": 500}})
+    assert (recipe.image.downsample_mode, recipe.image.max_tokens) == ("4x", 500)
+    assert recipe_from({"model": "m"}).image.downsample_mode == "auto"
 
 
 def test_set_overrides_one_key_and_leaves_the_rest(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from tests.null.test_torch_blocked import BLOCK
 DATA = Path(cache.__file__).parents[1] / "catalog" / "data"
 ESTIMATE = """
 from memfit.cli import main
-code = main(["estimate", "--model", "openbmb/MiniCPM-V-4_6", "--set", "method=lora", "--gpus", "1xRTX4090", "--json"])
-assert not {"torch", "transformers"} & set(sys.modules), "torch came in"
+code = main(["estimate", "--model", "{model}", "--set", "method=lora", "--gpus", "{gpus}", "--json"{more}])
+assert not {{"torch", "transformers"}} & set(sys.modules), "torch came in"
 sys.exit(code)
 """
 
@@ -29,7 +29,7 @@ sys.exit(code)
 def test_all_of_it_is_small_and_readable() -> None:
     files = list(DATA.rglob("*.json.gz"))
     assert files
-    assert sum(path.stat().st_size for path in files) < 1 << 20
+    assert sum(path.stat().st_size for path in files) < 2 << 20
     for path in files:
         value = shipped(path.parent.name, path.name.removesuffix(".json.gz"))
         assert value is not None
@@ -50,13 +50,29 @@ def test_what_is_not_there() -> None:
     assert shipped("profiles", "no such key") is None
 
 
-def test_a_catalogued_model_needs_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "gpus", "more", "seconds"),
+    [
+        ("openbmb/MiniCPM-V-4_6", "1xRTX4090", (), 2),
+        # Neither this length nor this card is shipped: the tape is played and the allocator replayed.
+        ("llama-3.2-1b", "1xL40S", ("--set", "workload.tokens=3001", "--set", "levers.micro_batch=3"), 4),
+    ],
+    ids=["shipped as it is", "played"],
+)
+def test_a_catalogued_model_needs_no_torch(
+    tmp_path: Path, model: str, gpus: str, more: tuple[str, ...], seconds: int
+) -> None:
     made = json.loads((DATA / "versions.json").read_text(encoding="utf-8"))
     if made != dict(installed_versions()):
         pytest.skip(f"the shipped numbers are of {made}, here is {dict(installed_versions())}")
+    script = ESTIMATE.format(model=model, gpus=gpus, more="".join(f", {one!r}" for one in more))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-c", BLOCK + ESTIMATE],
+        [
+            sys.executable,
+            "-c",
+            BLOCK + script,
+        ],
         capture_output=True,
         text=True,
         timeout=60,
@@ -67,5 +83,5 @@ def test_a_catalogued_model_needs_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr + "\nrun python tools/catalog_data.py"
     data = json.loads(done.stdout)
     assert data["gpu"]["process_bytes"] > data["gpu"]["peak_reserved_bytes"] > data["gpu"]["peak_allocated_bytes"]
-    # Processor time, which a busy machine does not stretch much: half a second on an idle core.
-    assert after.ru_utime - before.ru_utime < 2
+    # Processor time, which a busy machine does not stretch much: half a second on an idle core, one where played.
+    assert after.ru_utime - before.ru_utime < seconds

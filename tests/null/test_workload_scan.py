@@ -23,7 +23,7 @@ from memfit.inputs.data.scan import ImageFacts, ImageProblem, scan_images
 from memfit.inputs.data.workload import scan_workload
 from memfit.specs.recipe import Data, Recipe
 from memfit.specs.sample import Sample
-from memfit.specs.workload import ImageCost, SampleCost
+from memfit.specs.workload import ImageCost, SampleCost, heaviest
 
 SIDE = 10  # pixels of a patch of the pretended model
 
@@ -357,7 +357,9 @@ def test_a_scan_of_unchanged_data_is_kept(recipe: Recipe, tmp_path: Path, monkey
     assert scans[0].to_json() == scans[1].to_json()
     assert scans[0].worst_batch(3) == scans[1].worst_batch(3)
     assert all((scans[0].figures[name] == scans[1].figures[name]).all() for name in scans[0].figures)
-    assert calls(replace(recipe, max_length=100)) == 0  # a limit is applied to the same count
+    limited = replace(recipe, max_length=100)
+    assert calls(limited) > 0  # under a limit samples are used without some of their turns
+    assert calls(limited) == 0
     picture(210, 100).save(tmp_path / "a.png")
     time.sleep(0.01)
     assert (calls(), calls()) == (5, 0)
@@ -385,3 +387,13 @@ def test_a_thousand_headers_a_second(tmp_path: Path) -> None:
     reader.close()
     assert len(found) == 150
     assert seconds < 0.15
+
+
+def test_the_heaviest_batch_has_padding_where_it_can() -> None:
+    """Equal rows need no mask; one shorter row costs as much after padding, and the mask beside."""
+    assert heaviest([9, 9, 9, 7, 5], 2) == [0, 3]
+    assert heaviest([9, 9, 9, 7, 5], 2, packing=True) == [0, 1]
+    assert heaviest([9, 8, 8], 2) == [0, 1]
+    assert heaviest([9, 9, 9], 2) == [0, 1]
+    assert heaviest([9, 9, 7], 1) == [0]
+    assert heaviest([9, 7], 5) == [0, 1]

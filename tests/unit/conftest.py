@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from memfit.inputs.recipe_file import load_recipe
 from memfit.specs.recipe import Recipe
 from memfit.testing import make_dummy, make_samples
+from tests.supported import READING
 
 VISION_KINDS = ("minicpmv4_6", "minicpmv4_7", "qwen2_5_vl", "llava", "minicpmv2_6")
 
@@ -32,13 +34,25 @@ def slips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_samples(tmp_path_factory.mktemp("samples"), 12)
 
 
+@pytest.fixture(scope="session")
+def words(slips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same samples without their pictures, for models that take none."""
+    rows = json.loads(slips.read_text(encoding="utf-8"))
+    for row in rows:
+        del row["image"]
+        row["conversations"][0]["content"] = f"What of number {row['id']}?"
+    path = tmp_path_factory.mktemp("words") / "data.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
-def recipe(dummies: Callable[[str], Path], slips: Path, tmp_path: Path) -> Callable[..., Recipe]:
+def recipe(dummies: Callable[[str], Path], slips: Path, words: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """`recipe("llava", "method=lora")`: a recipe on a tiny model, on the CPU, quick."""
 
     def make(kind: str, *sets: str) -> Recipe:
         quick = (
-            f"data.train={slips}",
+            f"data.train={words if kind in READING else slips}",
             "data.eval=0",
             "hardware.gpus=1xcpu",
             "levers.precision=fp32",

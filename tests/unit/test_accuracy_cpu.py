@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from benchmarks.accuracy_cpu.events import Known, Marked, Memory, Snapshot, read_course
-from benchmarks.accuracy_cpu.grid import CELLS, Cell, check, draw_grid, read_grid
+from benchmarks.accuracy_cpu.grid import CELLS, GRIDS, Cell, Grid, check, draw_grid, read_cells, read_grid
 from benchmarks.accuracy_cpu.measure import measure
 from benchmarks.accuracy_cpu.predict import predict
 from benchmarks.accuracy_cpu.recorder import environment
 from benchmarks.accuracy_cpu.records import GROUPS, STATES, judge, percentile, verdict
-from benchmarks.accuracy_cpu.table import page
+from benchmarks.accuracy_cpu.table import Section, page
 
 SMALL = Cell(
     id="small",
@@ -47,11 +47,16 @@ SEEING = {"rows": ((240, ((112, 112),)), (120, ((112, 112),))), "batching": "pad
 LORA = {"method": "lora", "lora_rank": 4, "precision": "bf16-amp", "attention": "eager"}
 
 
-def test_the_committed_grid_is_what_the_sampler_draws() -> None:
-    cells = read_grid()
-    assert cells == draw_grid()
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.title)
+def test_the_committed_grid_is_what_the_sampler_draws(grid: Grid) -> None:
+    cells = read_grid(grid)
+    assert cells == draw_grid(grid.seed, grid.letter)
     check(cells)
     assert len({cell.id for cell in cells}) == CELLS
+
+
+def test_the_grids_share_no_name() -> None:
+    assert len(read_cells()) == len(GRIDS) * CELLS
 
 
 def test_another_seed_draws_another_grid() -> None:
@@ -163,7 +168,9 @@ def test_a_refused_cell_stays_on_the_page() -> None:
     judged = [judge(record)]
     found = verdict(judged)
     assert found.refused == ("x",)
-    assert "levers.loss: chunked is not built" in page(judged, found, {"torch": "2.13.0"})
+    text = page([Section(GRIDS[0], judged, found), Section(GRIDS[1], [], verdict([]))], {"torch": "2.13.0"})
+    assert "levers.loss: chunked is not built" in text
+    assert all(grid.title in text for grid in GRIDS)
 
 
 BOTH_WATCH = """

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import memfit.inputs.cache as cache
+import memfit.inputs.tape_store as tape_store
 import memfit.inputs.trace_cache as trace_cache
 from memfit import api
 from memfit.catalog.models import MODELS, ModelRow
@@ -15,6 +16,7 @@ from memfit.families import family_for
 from memfit.inputs.cache import installed_versions, profile_key
 from memfit.inputs.shipped import shipped
 from memfit.specs.profile import Profile
+from memfit.trace import forecast
 from memfit.trace.parameters import read_profile
 
 VERSIONS = Path(cache.__file__).parents[1] / "catalog" / "data" / "versions.json"
@@ -63,6 +65,20 @@ def test_a_shipped_step_is_that_of_a_fresh_trace(tmp_path: Path, monkeypatch: py
     assert fresh.trace is not None
     assert fresh.ledger == kept.ledger, "what is shipped is old: run python tools/catalog_data.py"
     assert fresh.trace.timeline == kept.trace.timeline
+
+
+def test_a_shipped_tape_is_that_of_fresh_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At rows, a length and a card that nothing was made for."""
+    needs_the_shipped_versions()
+    sets = ["method=lora", "hardware.gpus=2xL40S", "workload.tokens=1777", "levers.micro_batch=2"]
+    monkeypatch.setenv("MEMFIT_CACHE", str(tmp_path / "one"))
+    monkeypatch.setattr(forecast, "_run", lambda request: pytest.fail("run python tools/catalog_tapes.py"))
+    played = api.estimate(model="llama-3.2-1b", sets=sets)
+    monkeypatch.undo()
+    monkeypatch.setenv("MEMFIT_CACHE", str(tmp_path / "two"))
+    monkeypatch.setattr(tape_store, "shipped", lambda kind, key: None)
+    fresh = api.estimate(model="llama-3.2-1b", sets=sets)
+    assert fresh.ledger == played.ledger, "a tape is old: run python tools/catalog_tapes.py"
 
 
 def test_other_versions_find_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

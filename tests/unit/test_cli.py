@@ -29,6 +29,7 @@ class Said:
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     def command(*arguments: object) -> Said:
+        capfd.readouterr()  # what making models and data printed, libraries' remarks included
         code = main([str(argument) for argument in arguments])
         captured = capfd.readouterr()
         return Said(code, captured.out, captured.err)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,9 +66,54 @@ def test_deepspeed_buffers() -> None:
     assert "self.__max_n_available_params - self.__n_available_params" in fetch
 
 
+def test_deepspeed_waits_for_a_whole_collective() -> None:
+    """zero3.gathered: one wait copies every parameter out of the flat buffer, which the handle goes on holding; the
+    registry holds the handle for each parameter until its own module comes."""
+    partition = pytest.importorskip("deepspeed.runtime.zero.partition_parameters")
+    coordinator = pytest.importorskip("deepspeed.runtime.zero.partitioned_param_coordinator")
+    flat = torch.zeros(12)
+    parameters = []
+    for size in (2, 4):
+        one = torch.nn.Parameter(torch.empty(0))
+        one.ds_status, one.ds_numel, one.ds_shape = partition.ZeroParamStatus.INFLIGHT, 2 * size, (2, size)
+        one.ds_tensor = torch.empty(size)
+        one.ds_tensor.ds_numel = size
+        parameters.append(one)
+    waiting = SimpleNamespace(wait=lambda: None)
+    handle = partition.AllGatherCoalescedHandle(waiting, parameters, [flat[:6], flat[6:]], world_size=2)
+    handle.wait()
+    assert [one.ds_status for one in parameters] == [partition.ZeroParamStatus.AVAILABLE] * 2
+    places = {one.untyped_storage().data_ptr() for one in parameters}
+    assert len(places) == 2
+    assert flat.untyped_storage().data_ptr() not in places
+    assert handle.partitions[0].untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+    fetch = inspect.getsource(coordinator.PartitionedParameterCoordinator._fetch_sub_module_impl)
+    assert "self.__inflight_param_registry.pop(param).wait(" in fetch
+
+
 def test_deepspeed_copies_weights_that_have_the_masters_dtype_already() -> None:
     """`Counting.has_master`: the way around the copy compares a device with a name, which torch says is never equal."""
     stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3").DeepSpeedZeroOptimizer_Stage3
     assert "self.fp16_partitioned_groups_flat[i].device == self.device" in inspect.getsource(stage3)
     assert "self.device = get_accelerator().current_device_name()" in inspect.getsource(stage3)
     assert torch.zeros(1).device != "cpu"
+
+
+def test_accelerate_spreads_the_first_ranks_weights() -> None:
+    """memfit.build.shell: parameters are broadcast one by one, and found again by their addresses; and
+    memfit.build.loss: the head's group stays gathered from forward to backward."""
+    from accelerate import Accelerator
+    from accelerate.utils import fsdp_utils
+
+    assert "dist.broadcast(full_tensor, src=0" in inspect.getsource(fsdp_utils.fsdp2_load_full_state_dict)
+    prepare = inspect.getsource(fsdp_utils.fsdp2_prepare_model)
+    assert "if fsdp2_plugin.cpu_ram_efficient_loading" in prepare
+    assert 'fully_shard(tail, **{**fsdp2_kwargs, "reshard_after_forward": False})' in prepare
+    assert "p.data_ptr()" in inspect.getsource(Accelerator._prepare_fsdp2)
+
+
+def test_zero3_loading_reads_on_the_first_rank_only() -> None:
+    from transformers.modeling_utils import PreTrainedModel
+
+    text = inspect.getsource(PreTrainedModel._load_pretrained_model)
+    assert 'map_location = "cpu" if torch.distributed.get_rank() == 0 else "meta"' in text

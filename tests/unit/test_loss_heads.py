@@ -149,9 +149,25 @@ def test_only_trained_positions_reach_the_head(recipe: Make) -> None:
     built, batch = built_from(recipe("qwen2_5_vl", "levers.loss=chunked"))
     seen: list[int] = []
     head = built.loss.head  # type: ignore[attr-defined]
-    head.register_forward_hook(lambda module, args, out: seen.append(len(out)) if out.dim() == 2 else None)
+    head.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])) if args[0].dim() == 2 else None)
     built.loss(forward(built, batch), batch["labels"])
     assert sum(seen) == int((batch["labels"][:, 1:] != IGNORED).sum()) < batch["labels"].numel()
+
+
+def test_the_head_is_called_as_often_whatever_is_trained(recipe: Make) -> None:
+    """Ranks gather it together: once as the model runs, where it multiplies nothing, and once for all chunks."""
+    built, batch = built_from(recipe("llama", "levers.loss=chunked"))
+    calls: list[int] = []
+    built.loss.head.register_forward_pre_hook(lambda *_: calls.append(1))  # type: ignore[attr-defined]
+    counts = []
+    for kept in (0, 2, 30):
+        labels = batch["labels"].clone()
+        labels[:, kept:] = IGNORED
+        loss = dataclasses.replace(built.loss, chunk=4)  # type: ignore[type-var]
+        loss(forward(built, batch), labels, 10).backward()
+        counts.append(len(calls))
+        calls.clear()
+    assert counts == [2, 2, 2]
 
 
 def test_the_fused_loss_hands_its_kernel_what_full_logits_see(recipe: Make) -> None:

@@ -13,8 +13,9 @@ from benchmarks.trace_against_profiler import request_for
 from memfit.specs.trace import Event, StepTrace, TraceBatch
 from memfit.specs.workload import ImageCost
 from memfit.trace import step
-from memfit.trace.repeat import Run, _balanced, _runs, moved_path
+from memfit.trace.repeat import _runs
 from memfit.trace.step import trace_step
+from memfit.trace.unfold import Run, _balanced, moved_path
 
 Folder = Callable[[str], Path]
 CROPS = {

@@ -19,6 +19,7 @@ from memfit.errors import RunFailed, UserError
 from memfit.inputs.recipe_file import override
 from memfit.specs.recipe import Recipe
 from memfit.trace.prepare import prepare
+from tests.supported import LIKE_ANOTHER, SHOWN
 from tests.unit.conftest import VISION_KINDS
 from tests.unit.test_build import batch_of, built_from, loss_of, samples_of
 
@@ -83,25 +84,44 @@ def test_every_part_has_its_own_rate(recipe: Make, tmp_path: Path) -> None:
         learning_rates(override(wanted, ['schedule.learning_rate={"vision": 1.0e-5}']), ["language", "vision"])
 
 
-@pytest.mark.parametrize("kind", ["minicpmv4_6", "qwen2_5_vl", "llava", "minicpmv4_7"])
-@pytest.mark.parametrize(
-    "method",
-    [("method=full",), ("method=lora",), ("method=lora", "parts.connector=full", "parts.vision=last-1")],
-    ids=["full", "lora", "lora and parts"],
-)
+def shown(column: str) -> list[Any]:
+    """The models of a column of docs/models.md; one whose classes another one has waits for the long tests."""
+    return [pytest.param(k, marks=[pytest.mark.long] if k in LIKE_ANOTHER else []) for k in SHOWN[column].kinds]
+
+
+@pytest.mark.parametrize("kind", shown("full"))
 def test_what_was_saved_answers_as_what_was_trained(
-    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, method: tuple[str, ...]
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    wanted = recipe(kind, *method)
+    saved_answers_as_trained(recipe(kind, "method=full"), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", shown("lora"))
+def test_adapters_that_were_saved_answer_as_what_was_trained(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    saved_answers_as_trained(recipe(kind, "method=lora"), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", VISION_KINDS)
+def test_adapters_and_trained_parts_answer_as_what_was_trained(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    sets = ("method=lora", "parts.connector=full", "parts.vision=last-1")
+    saved_answers_as_trained(recipe(kind, *sets), tmp_path, monkeypatch)
+
+
+def saved_answers_as_trained(wanted: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run saves, loaded again, gives the logits that the model gave when it was saved, and no others."""
     seen: dict[str, torch.Tensor] = {}
     write = save.save_weights
 
-    def spy(model: torch.nn.Module, folder: Path, *rest: Any) -> None:
+    def spy(model: torch.nn.Module, folder: Path, *rest: Any, **named: Any) -> None:
         if folder.name == "model":
             live = built_from(wanted)
             inputs = {k: v for k, v in batch_of(live, samples_of(wanted), 0, 1).items() if k != "labels"}
             seen["live"] = model.eval()(**inputs).logits.detach()
-        write(model, folder, *rest)
+        write(model, folder, *rest, **named)
 
     monkeypatch.setattr("memfit.engine.train.save_weights", spy)
     result = trained(wanted, tmp_path / "run")
@@ -169,12 +189,12 @@ def test_a_pilot_runs_a_share_of_the_whole_schedule_and_projects_it(recipe: Make
 def test_a_full_disk_at_the_end_loses_nothing(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = save.save_weights
 
-    def full_disk(model: torch.nn.Module, folder: Path, *rest: Any) -> None:
+    def full_disk(model: torch.nn.Module, folder: Path, *rest: Any, **named: Any) -> None:
         if folder.name == "model":
             folder.mkdir()
             (folder / "model.safetensors").write_bytes(b"half a")
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(model, folder, *rest)
+        write(model, folder, *rest, **named)
 
     monkeypatch.setattr("memfit.engine.train.save_weights", full_disk)
     with pytest.raises(RunFailed) as caught:
@@ -191,12 +211,12 @@ def test_a_full_disk_at_a_checkpoint_leaves_whole_checkpoints_only(
 ) -> None:
     write = save.save_weights
 
-    def full_disk(model: torch.nn.Module, folder: Path, *rest: Any) -> None:
+    def full_disk(model: torch.nn.Module, folder: Path, *rest: Any, **named: Any) -> None:
         if folder.name == "checkpoint-2":
             folder.mkdir(parents=True)
             (folder / "model.safetensors").write_bytes(b"half a")
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(model, folder, *rest)
+        write(model, folder, *rest, **named)
 
     monkeypatch.setattr("memfit.engine.train.save_weights", full_disk)
     with pytest.raises(RunFailed, match="a checkpoint could not be written"):

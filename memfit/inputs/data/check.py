@@ -63,6 +63,8 @@ def check_data(data: Data, encoder: SampleEncoder | None = None, options: CheckO
         distributions=_distributions(costs),
         worst=_worst(training),
         workload=workload_of(costs),
+        shortened=tuple(row for file in files for row in file.shortened),
+        max_length=options.max_length,
     )
 
 
@@ -95,7 +97,8 @@ def _refusals(files: Sequence[Examined], data: Data, findings: Sequence[Finding]
 def _verdict(refusals: Sequence[str], findings: Sequence[Finding], files: Sequence[Examined]) -> Verdict:
     if refusals:
         return "refused"
-    warned = any(finding.severity == "warning" for finding in findings) or any(file.broken for file in files)
+    warned = any(finding.severity == "warning" for finding in findings)
+    warned = warned or any(file.broken or file.shortened for file in files)
     return "warnings" if warned else "ok"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from memfit.specs.check import REASONS, Broken, CheckReport, FieldStats, RankedSample
+from memfit.specs.check import REASONS, Broken, CheckReport, FieldStats, RankedSample, shortened_text
 
 _BROKEN_SHOWN = 3  # rows shown of each reason
 _FIELDS_SHOWN = 20
@@ -18,6 +18,7 @@ def report_lines(report: CheckReport) -> list[str]:
         _verdict(report),
         _files(report),
         _broken(report),
+        _shortened(report),
         _findings(report),
         _distributions(report),
         _worst(report.worst),
@@ -37,6 +38,8 @@ def _verdict(report: CheckReport) -> list[str]:
     parts = []
     if report.broken:
         parts.append(f"{_count(len(report.broken), 'broken row')} left out")
+    if report.shortened:
+        parts.append(f"{_count(len(report.shortened), 'sample')} shortened to max_length")
     if warnings:
         parts.append(_count(warnings, "warning"))
     return [f"data: {'ok' if report.verdict == 'ok' else 'usable, ' + ', '.join(parts)}"]
@@ -80,6 +83,15 @@ def _broken(report: CheckReport) -> list[str]:
     if report.quarantine:
         lines.append(f"  all of them: {', '.join(report.quarantine)}")
     return lines
+
+
+def _shortened(report: CheckReport) -> list[str]:
+    if not report.shortened:
+        return []
+    used = report.train_samples + report.eval_samples
+    lines = [shortened_text(report.shortened, used, report.max_length)]
+    longest = sorted(report.shortened, key=lambda row: -row.tokens)[:_BROKEN_SHOWN]
+    return lines + [f"    {row.text}" for row in longest]
 
 
 def _of_reason(broken: Sequence[Broken], reason: str) -> list[Broken]:

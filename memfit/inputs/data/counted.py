@@ -16,14 +16,15 @@ from typing import Any
 from memfit.inputs.cache import cache_folder, write_cached
 from memfit.inputs.data.headers import ImageHeader
 from memfit.inputs.data.known import stamp
-from memfit.specs.check import Broken
+from memfit.physics.loader import reading_bytes
+from memfit.specs.check import Broken, Shortened
 from memfit.specs.recipe import Recipe
 from memfit.specs.sample import Sample
 from memfit.specs.workload import ImageCost
 from memfit.specs.workload_scan import COSTS, FIGURES
 
 # Raised when a count changes its meaning.
-FORMAT = 1
+FORMAT = 2
 MOST_KEPT = 500_000  # samples of one count; about 100 bytes each
 # Code that decides what a sample takes.
 _CODE = ("families/*.py", "inputs/*.py", "inputs/data/*.py")
@@ -43,9 +44,13 @@ class Counted:
     pictures: dict[Pictures, int] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
     images: int = 0
+    shortened: list[Shortened] = field(default_factory=list)
+    reading: int = 0
 
     def add(self, sample: Sample, encoded: Any, cost: Any, headers: Sequence[ImageHeader]) -> None:
         """Count one sample. `headers` are those of `sample.images`, `encoded` and `cost` the encoder's."""
+        for path, header in zip(sample.images, headers, strict=True):
+            self.reading = max(self.reading, reading_bytes(header.width, header.height, path.suffix))
         for name in COSTS:
             self.figures[name].append(getattr(cost, name))
         self.figures["pixels"].append(sum(header.width * header.height for header in headers))
@@ -59,7 +64,8 @@ class Counted:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         pictures = [[[asdict(cost) for cost in costs], sizes] for costs, sizes in self.pictures]
-        return vars(self) | {"pictures": pictures, "broken": [asdict(row) for row in self.broken]}
+        rows = {"broken": [asdict(row) for row in self.broken], "shortened": [asdict(row) for row in self.shortened]}
+        return vars(self) | {"pictures": pictures} | rows
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Counted:
@@ -68,7 +74,9 @@ class Counted:
             (tuple(_cost(**cost) for cost in costs), tuple((width, height) for width, height in sizes)): number
             for number, (costs, sizes) in enumerate(data["pictures"])
         }
-        return Counted(**data | {"pictures": pictures, "broken": [Broken(**row) for row in data["broken"]]})
+        broken = [Broken(**row) for row in data["broken"]]
+        cut = [Shortened(**row) for row in data["shortened"]]
+        return Counted(**data | {"pictures": pictures, "broken": broken, "shortened": cut})
 
 
 def _cost(crops: list[list[int]], crop_tokens: list[int], grid: list[int]) -> ImageCost:
@@ -87,7 +95,7 @@ def count_key(recipe: Recipe, data: Path, encoder: Any) -> str | None:
     stamps = [(str(path.absolute()), stamp(path)) for path in (*files, *code)]
     if any(mark is None for _, mark in stamps):
         return None
-    view = (asdict(recipe.data), asdict(recipe.image), recipe.model_config, recipe.seed)
+    view = (asdict(recipe.data), asdict(recipe.image), recipe.model_config, recipe.seed, recipe.max_length)
     text = json.dumps([FORMAT, stamps, view], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from memfit.inputs.data.paths import DataRoot
 from memfit.inputs.data.rows import Row, read_rows
 from memfit.inputs.data.scan import ImageFacts, ImageProblem, Progress, Scan, scan_images
 from memfit.inputs.data.split import rank, sample_text
-from memfit.specs.check import Broken, Source
+from memfit.inputs.shorten import TooLongError, shortened
+from memfit.specs.check import Broken, Shortened, Source
 from memfit.specs.recipe import Data
 from memfit.specs.sample import Sample
 from memfit.specs.workload import SampleCost
@@ -52,7 +54,10 @@ class CheckOptions:
 
 @dataclass
 class Examined:
-    """One data file. `costs` runs parallel to `samples`, and is empty without an encoder."""
+    """One data file. `costs` runs parallel to `samples`, and is empty without an encoder.
+
+    `whole` holds the samples that `shortened` names as they stand in the file, by row.
+    """
 
     source: Source
     path: Path
@@ -65,6 +70,8 @@ class Examined:
     scan: Scan = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     wider_root: str | None = None
+    shortened: list[Shortened] = field(default_factory=list)
+    whole: dict[int, Sample] = field(default_factory=dict)
 
     def facts(self, path: Path) -> ImageFacts:
         """The facts of a picture of one of `samples`."""
@@ -162,9 +169,17 @@ def _sort_in(
         return
     try:
         sizes = sizes_of(result.scan, entry)
-        if encoder is not None:
-            result.costs.append(cost_of(encoder, entry, sizes, max_length))
-        result.samples.append(entry)
+        if encoder is None:
+            result.samples.append(entry)
+            return
+        fitted = fit_row(encoder, entry, sizes, max_length)
+        if fitted.problem is not None:
+            raise RowError("too-long", fitted.problem)
+        result.costs.append(fitted.cost)
+        result.samples.append(fitted.sample)
+        if fitted.shortened is not None:
+            result.shortened.append(dataclasses.replace(fitted.shortened, source=result.source))
+            result.whole[entry.row] = entry
     except RowError as error:
         result.broken.append(Broken(entry.row, entry.id, error.reason, error.detail, line, result.source))
 
@@ -184,15 +199,40 @@ def sizes_of(scan: Mapping[Path, Any], sample: Sample) -> list[tuple[int, int]]:
     return sizes
 
 
-def cost_of(
-    encoder: SampleEncoder, sample: Sample, sizes: Sequence[tuple[int, int]], max_length: int | None
-) -> SampleCost:
-    """What a sample takes. Raises RowError for one that cannot be encoded or is too long."""
-    cost = encoder.sample_cost(encode_row(encoder, sample, sizes))
-    if max_length is not None and cost.tokens > max_length:
+@dataclass(frozen=True)
+class Fitted:
+    """One row under the length limit: the sample as it is used, what the encoder says of it, and what was left out.
+
+    `problem` says why the row cannot be brought under the limit; the sample is then whole.
+    """
+
+    sample: Sample
+    encoded: Any
+    cost: SampleCost
+    shortened: Shortened | None = None
+    problem: str | None = None
+
+
+def fit_row(encoder: SampleEncoder, sample: Sample, sizes: Sequence[tuple[int, int]], max_length: int | None) -> Fitted:
+    """A sample, without some of its turns where it is above `max_length`. RowError where it cannot be encoded."""
+    encoded = encode_row(encoder, sample, sizes)
+    cost = encoder.sample_cost(encoded)
+    if max_length is None or cost.tokens <= max_length:
+        return Fitted(sample, encoded, cost)
+    try:
+        part, encoded_part = shortened(encoder, sample, sizes, max_length)
+    except TooLongError as error:
         pictures = f", {cost.image_tokens:,} of them pictures" if cost.image_tokens else ""
-        raise RowError("too-long", f"{cost.tokens:,} tokens{pictures}; max_length is {max_length:,}")
-    return cost
+        first = f", {error.tokens:,} up to the first answer" if error.tokens < cost.tokens else ""
+        return Fitted(
+            sample, encoded, cost, problem=f"{cost.tokens:,} tokens{pictures}{first}; max_length is {max_length:,}"
+        )
+    except UserError as error:
+        raise _cannot_encode(sample, error) from error
+    kept = encoder.sample_cost(encoded_part)
+    turns, images = len(sample.turns) - len(part.turns), len(sample.images) - len(part.images)
+    what = Shortened(sample.row, sample.id, cost.tokens, kept.tokens, turns, images)
+    return Fitted(part, encoded_part, kept, what)
 
 
 def encode_row(encoder: SampleEncoder, sample: Sample, sizes: Sequence[tuple[int, int]]) -> Any:
@@ -205,6 +245,8 @@ def encode_row(encoder: SampleEncoder, sample: Sample, sizes: Sequence[tuple[int
     try:
         return encoder.encode(sample, sizes)
     except UserError as error:
-        raise RowError(
-            "cannot-encode", f"{error.problem.removeprefix(f'row {sample.row}: ')} ({error.hint})"
-        ) from error
+        raise _cannot_encode(sample, error) from error
+
+
+def _cannot_encode(sample: Sample, error: UserError) -> RowError:
+    return RowError("cannot-encode", f"{error.problem.removeprefix(f'row {sample.row}: ')} ({error.hint})")

@@ -56,13 +56,19 @@ def read_size(path: Path) -> tuple[int, int]:
         return upright_size(image)
 
 
-def open_image(path: Path) -> Image.Image:
-    """The upright picture as RGB. Raises ImageError, before any pixel is decoded when there are too many.
+def open_image(path: Path, most_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The upright picture as RGB. Raises ImageError, before any pixel is decoded for one of more than `most_pixels`.
 
     Transparency is dropped without blending, as `convert("RGB")` does in the models' own scripts; 16-bit grey is scaled
     to 8 bit (Pillow would clip it to white).
     """
     with open_regular(path) as file, opened(path, file) as image:
+        if image.width * image.height > most_pixels:
+            raise ImageError(
+                "oversized-image",
+                f"{path}: {image.width} x {image.height} = {image.width * image.height:,} pixels, the largest picture "
+                f"had {most_pixels:,} when the data was checked; start the run again",
+            )
         return decode(path, image)
 
 

@@ -9,6 +9,7 @@ from memfit.errors import UserError
 from memfit.inputs.data.examine import CheckOptions, Examined, SampleEncoder, examine
 from memfit.inputs.data.quarantine import write_quarantine
 from memfit.inputs.data.split import file_keys, pixel_keys, split_share
+from memfit.physics.loader import reading_bytes
 from memfit.specs.check import Broken, Loaded, Split
 from memfit.specs.recipe import Data
 from memfit.specs.sample import Sample
@@ -44,8 +45,10 @@ def read_files(
         return files, Split("file", tuple(rows))
     if share is None:
         return files, Split("none", tuple(rows))
-    files_shown = [file_keys(sample, files[0].scan) for sample in files[0].samples]
-    pixels_shown = [pixel_keys(sample, files[0].scan) for sample in files[0].samples]
+    # By whole conversations: what max_length leaves out must not move a sample to the other side.
+    whole = [files[0].whole.get(sample.row, sample) for sample in files[0].samples]
+    files_shown = [file_keys(sample, files[0].scan) for sample in whole]
+    pixels_shown = [pixel_keys(sample, files[0].scan) for sample in whole]
     return files, split_share(rows, files_shown, share, options.seed, pixels_shown)
 
 
@@ -99,6 +102,9 @@ def _hint(files: Sequence[Examined], quarantine: Sequence[Path]) -> str:
     wider = next((file.wider_root for file in files if file.wider_root), None)
     if wider and 2 * len(outside) > sum(len(file.broken) for file in files):
         return f"data.image_root: {wider}"
+    broken = [row for file in files for row in file.broken]
+    if 2 * sum(row.reason == "too-long" for row in broken) > len(broken):
+        return "max_length: auto takes every sample whole; or fewer slices of each picture (image.max_slices)"
     if quarantine:
         return f"all broken rows with their reasons are in {', '.join(map(str, quarantine))}"
     return "memfit check lists every broken row; mend them, or raise data.max_broken to go on without them"
@@ -118,6 +124,7 @@ def assemble(files: Sequence[Examined], split: Split) -> Loaded:
     kept = [index for index, sample in enumerate(train.samples) if sample.row not in held]
     out = [index for index, sample in enumerate(train.samples) if sample.row in held]
     evaluation = files[1] if len(files) > 1 else None
+    shown = [(path, file.facts(path)) for file in files for sample in file.samples for path in sample.images]
     return Loaded(
         train=_pick_samples(train, kept),
         eval=tuple(evaluation.samples) if evaluation else _pick_samples(train, out),
@@ -125,6 +132,9 @@ def assemble(files: Sequence[Examined], split: Split) -> Loaded:
         split=split,
         train_costs=_pick_costs(train, kept),
         eval_costs=tuple(evaluation.costs) if evaluation else _pick_costs(train, out),
+        shortened=tuple(row for file in files for row in file.shortened),
+        reading=max((reading_bytes(one.width, one.height, path.suffix) for path, one in shown), default=0),
+        most_pixels=max((one.width * one.height for _, one in shown), default=0),
     )
 
 

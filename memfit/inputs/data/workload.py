@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from memfit.errors import UserError
-from memfit.families.budget import pinned_knob
+from memfit.families.budget import budget_text
 from memfit.inputs.data.counted import Counted, count_key, load_count, store_count
 from memfit.inputs.data.draft import RowError
 from memfit.inputs.data.examine import (
     SampleEncoder,
     data_path,
-    encode_row,
     first_of_shuffle,
+    fit_row,
     read_row,
     sizes_of,
     with_format,
@@ -57,7 +57,7 @@ def scan_workload(recipe: Recipe, encoder: SampleEncoder, progress: Progress | N
         with header_reader() as reader:
             entries, total = _entries(recipe, path)
             for piece in _read_ahead(_batched(entries), reader):
-                _count(found, piece, encoder, reader)
+                _count(found, piece, (encoder, _limit(recipe)), reader)
                 if progress:
                     progress("samples", len(found.rows) + len(found.broken), total)
             found.images = len(reader.seen)
@@ -78,8 +78,19 @@ def cut_by_image(scan: WorkloadScan, recipe: Recipe, encoder: Encoder, budget: I
     Raises UserError for a budget that the model's processor cannot meet.
     """
     smaller = scan_workload(dataclasses.replace(recipe, image=budget), Encoder(encoder.source, budget))
-    knob = pinned_knob(budget)
-    return scan.cut_to(smaller, f"image.{knob[0]}: {knob[1]}" if knob else "image: auto")
+    return scan.cut_to(smaller, budget_text(budget))
+
+
+def cut_by_length(scan: WorkloadScan, recipe: Recipe, encoder: SampleEncoder, max_length: int) -> Cut:
+    """What `max_length` would take from `scan`, which is `recipe`'s under its own: every sample is counted again.
+
+    Samples that no leaving out of turns brings under it count with all their tokens.
+    """
+    budget = f"max_length: {max_length}"
+    try:
+        return scan.cut_to(scan_workload(dataclasses.replace(recipe, max_length=max_length), encoder), budget)
+    except UserError:  # nothing at all fits
+        return scan.cut_by_length(max_length)
 
 
 def _entries(recipe: Recipe, path: Path) -> tuple[Iterator[tuple[Sample | Broken, int]], int | None]:
@@ -120,31 +131,41 @@ def _images(piece: Iterable[tuple[Sample | Broken, int]]) -> list[Path]:
     return [image for entry, _ in piece if isinstance(entry, Sample) for image in entry.images]
 
 
+def _limit(recipe: Recipe) -> int | None:
+    return recipe.max_length if isinstance(recipe.max_length, int) else None
+
+
 def _count(
-    found: Counted, piece: Sequence[tuple[Sample | Broken, int]], encoder: SampleEncoder, reader: HeaderReader
+    found: Counted,
+    piece: Sequence[tuple[Sample | Broken, int]],
+    under: tuple[SampleEncoder, int | None],
+    reader: HeaderReader,
 ) -> None:
+    """Count a piece `under` an encoder and a length. What cannot be brought under the length is counted whole."""
     headers = reader.read(_images(piece))
     for entry, line in piece:
         if isinstance(entry, Broken):
             found.broken.append(entry)
             continue
         try:
-            encoded = encode_row(encoder, entry, sizes_of(headers, entry))
+            fitted = fit_row(under[0], entry, sizes_of(headers, entry), under[1])
         except RowError as error:
             found.broken.append(Broken(entry.row, entry.id, error.reason, error.detail, line))
             continue
-        mine = [header for path in entry.images if isinstance(header := headers[path], ImageHeader)]
-        found.add(entry, encoded, encoder.sample_cost(encoded), mine)
+        found.shortened += [fitted.shortened] if fitted.shortened is not None else []
+        mine = [header for path in fitted.sample.images if isinstance(header := headers[path], ImageHeader)]
+        found.add(fitted.sample, fitted.encoded, fitted.cost, mine)
 
 
 def _scan(recipe: Recipe, path: Path, found: Counted) -> WorkloadScan:
-    limit = recipe.max_length if isinstance(recipe.max_length, int) else None
+    limit = _limit(recipe)
     figures = {name: np.array(values, dtype=np.int64) for name, values in found.figures.items()}
     inside = np.ones(len(found.rows), dtype=bool) if limit is None else figures["tokens"] <= limit
     if not inside.any():
         least = int(figures["tokens"].min())
         raise UserError(
-            f"max_length: {limit} is below every sample of {path}: the shortest has {least:,} tokens",
+            f"max_length: {limit} is below every sample of {path}: the shortest has {least:,} tokens, and none can be "
+            "brought under it by leaving out whole turns",
             "a larger max_length, or a smaller image budget (image.max_slices, image.max_pixels, image.max_tokens)",
         )
     made = (distribution(name, figures[name][inside]) for name in FIGURES)
@@ -159,4 +180,6 @@ def _scan(recipe: Recipe, path: Path, found: Counted) -> WorkloadScan:
         distributions=tuple(one for one in made if one is not None),
         broken=tuple(found.broken),
         max_length=limit,
+        shortened=tuple(found.shortened),
+        reading=found.reading,
     )

@@ -22,31 +22,71 @@ from memfit.families.minicpmv2 import KEPT_ON_DISK
 logger = logging.get_logger(__name__)
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+# What transformers looks for, in its order: a single file and an index. Shards of an index may end in .bin or .pth.
+FORMS = ((_SINGLE, _INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 _SHOWN = 12
 # Bytes of a number by its name in a safetensors header.
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+WIDTHS |= {"U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it; empty without safetensors. As transformers, a single file
-    goes before an index."""
-    if (folder / _SINGLE).is_file():
-        with safe_open(folder / _SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / _SINGLE)
-    if not (folder / _INDEX).is_file():
-        return {}
-    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-    return {name: folder / file for name, file in index.items()}
+    """Tensor name -> the file that holds it; empty without weights. Names are the files' own, not only the index's."""
+    return {name: path for path in stored_files(folder) for name in _tensors_in(path)}
 
 
 def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, read from the files' headers; no weight is read."""
-    found: dict[str, tuple[int, ...]] = {}
-    for path in sorted(set(weight_files(folder).values())):
+    """Name and shape of every tensor, without reading a weight and without running code of a pickle."""
+    return {name: shape for path in stored_files(folder) for name, (shape, _) in _tensors_in(path).items()}
+
+
+def stored_files(folder: Path) -> list[Path]:
+    """The weight files that transformers would read: safetensors before pickles, a single file before an index.
+
+    UserError that counts the files which an index names and the folder lacks.
+    """
+    for single, index in FORMS:
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            named = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / name for name in sorted(set(named.values()))]
+            gone = [file.name for file in files if not file.is_file()]
+            if gone:
+                more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+                raise UserError(
+                    f"{folder}: {len(gone)} of {len(files)} weight files that {index} names are not there: "
+                    f"{gone[0]}{more}",
+                    "fetch the model again, or name the folder that is whole",
+                )
+            return files
+    return []
+
+
+def _tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Name -> (shape, bytes) of a file's tensors, from a safetensors header or a pickle's own list of tensors."""
+    if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return found
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: (tuple(part.get_shape()), WIDTHS[part.get_dtype()]) for name, part in parts.items()}
+        return {name: (shape, math.prod(shape) * width) for name, (shape, width) in shapes.items()}
+    found = _unpickled(path, "meta")
+    return {name: (tuple(value.shape), value.numel() * value.element_size()) for name, value in found.items()}
+
+
+def _unpickled(path: Path, device: str) -> dict[str, torch.Tensor]:
+    """The tensors of a torch pickle, on "meta" without their numbers. Anything but tensors and plain values is refused
+    by torch's own restricted reader, and no code of the file is run."""
+    try:
+        found = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file, or one that wants to run code
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"{path}: not read as plain tensors ({first[:160]})",
+            "save the checkpoint as safetensors where you trust its source: model.save_pretrained(folder)",
+        ) from error
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def is_kept_on_disk(name: str) -> bool:
@@ -80,7 +120,7 @@ def hint_for(lines: list[str], drops_last: bool) -> str:
 def require_match(model_class: Any, source: Any, options: Mapping[str, Any]) -> None:
     """UserError with the list of differences when a folder's weights are not those that its config describes.
 
-    Nothing is compared where there are no safetensors: transformers then says what is missing.
+    Nothing is compared where there are no weights: transformers then says what is missing.
     """
     folder = folder_of(source, options)
     if folder is None or options.get("state_dict") is not None:
@@ -112,13 +152,13 @@ def folder_of(source: Any, options: Mapping[str, Any]) -> Path | None:
     if Path(str(source)).is_dir():
         return Path(str(source))
     passed = {k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only") if options.get(k)}
-    for name in (_INDEX, _SINGLE):
+    for name in (name for single, index in FORMS for name in (index, single)):
         found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **passed)
         if found is not None:
             break
     else:
         return None
-    if name == _INDEX:
+    if name.endswith(".index.json"):
         index = json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"]
         for file in sorted(set(index.values())):
             cached_file(str(source), file, **passed)
@@ -134,15 +174,11 @@ def other_parts(folder: Path) -> dict[str, Path]:
 def other_parts_bytes(folder: Path) -> dict[str, tuple[int, int]]:
     """Part (audio, tts) -> (tensors, bytes on disk) of what is left there."""
     sizes: dict[str, tuple[int, int]] = {}
+    tensors = {name: size for path in stored_files(folder) for name, (_, size) in _tensors_in(path).items()}
     for part, prefixes in KEPT_ON_DISK.items():
-        count = size = 0
-        for name, path in other_parts(folder).items():
-            if name.startswith(prefixes):
-                with safe_open(path, framework="pt") as file:
-                    entry = file.get_slice(name)
-                count, size = count + 1, size + math.prod(entry.get_shape()) * WIDTHS[entry.get_dtype()]
-        if count:
-            sizes[part] = (count, size)
+        own = [size for name, size in tensors.items() if name.startswith(prefixes)]
+        if own:
+            sizes[part] = (len(own), sum(own))
     return sizes
 
 
@@ -194,8 +230,13 @@ def tensors_of(parts: Mapping[str, Path]) -> dict[str, torch.Tensor]:
     """The tensors that lie in some files, in host memory."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(set(parts.values())):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name, where in parts.items() if where == path}
+        wanted = [name for name, where in parts.items() if where == path]
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in wanted}
+        else:
+            found = _unpickled(path, "cpu")
+            tensors |= {name: found[name].contiguous().clone() for name in wanted}
     return tensors
 
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memfit.families.minicpmv2 import KEPT_ON_DISK, LANGUAGE
 from memfit.models.minicpmv.checkpoint import keep_other_parts, require_match
 from memfit.models.minicpmv.configuration import MiniCPMOConfig, MiniCPMVConfig
-from memfit.models.minicpmv.resampler import Resampler, ResamplerAttention
+from memfit.models.minicpmv.resampler import Resampler, ResamplerAttention, refuse_time_steps
 from memfit.models.minicpmv.vision import Sizes, VisionEmbeddings, VisionTower
 
 LANGUAGE_MODELS = {"qwen2": Qwen2ForCausalLM, "llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM}
@@ -78,6 +78,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        temporal_ids: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -88,7 +89,9 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         2) in the order of the text; or, as the checkpoints' code has it, one list of (3, patch, patches * patch)
         tensors and one (n, 2) tensor for each row. Where they stand: `image_bound`, one (n, 2) tensor of [start, end)
         for each row, or `mm_token_type_ids` (B, T), 1 at each place. ValueError when places and pictures do not match.
+        `temporal_ids`, which V 4.5's own processor writes, may hold pictures only (-1): UserError for video.
         """
+        refuse_time_steps(temporal_ids)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         pixels, sizes = packed_pictures(pixel_values, tgt_sizes, inputs_embeds.device)
@@ -178,6 +181,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Beams repeat rows; pictures are packed over rows, so they are repeated row by row."""
+        refuse_time_steps(kwargs.pop("temporal_ids", None))
         if expand_size == 1 or kwargs.get("pixel_values") is None:
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         pictures = {name: kwargs.pop(name, None) for name in _PICTURES}

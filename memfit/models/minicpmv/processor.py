@@ -12,11 +12,17 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
+from memfit.errors import UserError
 from memfit.families.minicpmv2 import DEFAULTS, QUERIES, TOKENS, image_cost, placeholder
 from memfit.models.minicpmv.conversation import image_bounds
 from memfit.models.minicpmv.images import packed
+from memfit.models.minicpmv.resampler import refuse_time_steps
 
 MARKER = "(<image>./</image>)"
+NO_VIDEO = (
+    "a video in the message: memfit's MiniCPM-V sees pictures only",
+    "show frames as pictures of their own: max_slice_nums=1 and use_image_id=False",
+)
 
 
 def flat(pictures: Any) -> Iterator[Image.Image]:
@@ -75,8 +81,11 @@ class MiniCPMVProcessor(ProcessorMixin):
         """input_ids, attention_mask, image_bound and the pictures' tensors.
 
         `images`: the pictures of all texts in order, nested or not. `max_slice_nums` and `use_image_id` hold for this
-        call, for pixels and text alike. ValueError when markers and pictures differ in number.
+        call, for pixels and text alike. ValueError when markers and pictures differ in number, UserError for video.
         """
+        refuse_time_steps(kwargs.get("temporal_ids"))
+        if kwargs.get("videos") is not None:
+            raise UserError(*NO_VIDEO)
         texts = [text] if isinstance(text, str) else list(text)
         pictures = list(flat(images))
         settings = self.image_processor.settings(max_slice_nums=max_slice_nums, use_image_id=kwargs.get("use_image_id"))
@@ -142,6 +151,8 @@ def joined(content: Any) -> str:
             parts.append(part)
         elif isinstance(part, Mapping) and part.get("type") == "text":
             parts.append(part["text"])
+        elif isinstance(part, Mapping) and part.get("type") == "video":
+            raise UserError(*NO_VIDEO)
         else:
             parts.append(MARKER)
     return "\n".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from memfit.errors import UserError
 from memfit.models.minicpmv.vision import Sizes, key_mask
 
 HEAD_WIDTH = 128
@@ -40,6 +42,24 @@ def crop_positions(sizes: Sizes, longest: int, width: int, device: torch.device)
     table = sincos(int(places.max(initial=0)) + 1, width // 2, device)
     columns_CL, rows_CL = torch.tensor(places, device=device).unbind(0)
     return torch.cat([F.embedding(columns_CL, table), F.embedding(rows_CL, table)], dim=2)
+
+
+def refuse_time_steps(temporal_ids: Any) -> None:
+    """UserError when a picture has a place in time (an id of 0 or more); -1 stands for none, at any depth of lists.
+
+    V 4.5 adds a vector of its place in time to the keys of every frame and looks at up to six frames at once. Without
+    such ids its resampler is that of 2.6, weight by weight, and so are its answers.
+    """
+    if temporal_ids is None:
+        return
+    if isinstance(temporal_ids, list | tuple):
+        for inner in temporal_ids:
+            refuse_time_steps(inner)
+    elif bool(torch.as_tensor(temporal_ids).ge(0).any()):
+        raise UserError(
+            "temporal_ids gives pictures a place in time: video is neither trained nor generated from here",
+            "show frames as pictures of their own: max_slice_nums=1, use_image_id=False, and no temporal_ids",
+        )
 
 
 class ResamplerAttention(nn.Module):

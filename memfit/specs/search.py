@@ -1,0 +1,59 @@
+"""What `memfit plan` answers: the choice, what else fits, what was refused and by how much, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memfit.specs.plan import Plan
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The least that a set-up would need more: `short_by_bytes` are missing on the GPU or in the node's memory.
+
+    `levers`: dotted keys of the recipe with the values that came closest. `at_least`: no step was traced for it,
+    because states and a lower bound of everything else are too much already; the true figure is not smaller.
+    `candidates`: how many differ from it only in values that change less.
+    """
+
+    levers: Mapping[str, Any]
+    reason: str
+    short_by_bytes: int
+    at_least: bool
+    candidates: int
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """A change outside of what was searched that makes a plan possible, and what it gives."""
+
+    change: str
+    gives: str
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A set-up that would be faster and is not taken: `why` it is not, and what it `gives`."""
+
+    levers: Mapping[str, Any]
+    why: str
+    gives: str
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The answer of one search. `ranked[0]` is `chosen`; `searched` counts distinct, compatible candidates.
+
+    `seconds`: of the search, traces that were not cached included. `samples`: to train on, None where not counted.
+    """
+
+    chosen: Plan | None
+    ranked: tuple[Plan, ...]
+    refused: tuple[Refused, ...]
+    nearest: tuple[Nearest, ...]
+    searched: int
+    seconds: float
+    offers: tuple[Offer, ...] = ()
+    samples: int | None = None
