@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from memfit.errors import UserError
 from memfit.families.names import base_name
 from memfit.inputs.machine import host_memory_bytes
 from memfit.inputs.model_source import ModelSource, require_weights
+from memfit.inputs.processes import prepare_environment
 from memfit.inputs.recipe_file import recipe_from
 from memfit.inputs.run_folder import RunFolder, free_bytes, is_run_folder, open_run_folder, read_json
 from memfit.planner.parts import ResolvedParts, resolve_parts
@@ -62,6 +63,7 @@ def export(request: ExportRequest, say: Say = lambda text: None) -> ExportResult
             if later
             else f"use {' or '.join(EXPORTS)}",
         )
+    prepare_environment(cpu=not torch.cuda.is_available())  # else DeepSpeed, once imported, speaks on stdout
     run, weights = _find(request.run)
     out = request.out or run.path / "exported" / request.to
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -70,7 +72,7 @@ def export(request: ExportRequest, say: Say = lambda text: None) -> ExportResult
     if request.to == "adapter" and not trained.adapted:
         raise UserError(f"{run.path} trained no adapter: whole parts learned", "--to merged")
     _refuse_small_disk(trained, request.to, out)
-    part = out.with_name(f".{out.name}.part")
+    part = out.absolute().with_name(f".{out.absolute().name}.part")
     shutil.rmtree(part, ignore_errors=True)  # what an interrupted export left
     part.mkdir(parents=True)
     try:
@@ -225,7 +227,7 @@ def _tied_names(model: nn.Module) -> Iterator[str]:
         seen.setdefault(id(parameter), name)
 
 
-def _not_for_others(folder: str, names: list[str]) -> list[str]:
+def _not_for_others(folder: str, names: Sequence[str]) -> list[str]:
     """What a checkpoint holds beside the model: the Trainer's and the engine's own state."""
     own = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "global_step", "latest", "zero_to")
     return [name for name in names if name.startswith(own)]
@@ -238,4 +240,6 @@ def _folder(source: ModelSource) -> Path:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of what a folder hands over."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files if not _not_for_others("", file.relative_to(folder).parts))

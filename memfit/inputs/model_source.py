@@ -36,9 +36,9 @@ class ModelSource:
     """A model before anything heavy is loaded.
 
     `folder` is None when only a config.json was given, or the facts come from the catalogue's row `catalogued` (both
-    enough to estimate). `preprocessor` is the image processor's
-    settings, empty without one. `weights` says whether all weight files lie in the folder, `weight_bytes` their size
-    on disk. `overrides` is what `model_config` changed in `config`.
+    enough to estimate). `preprocessor` is the image processor's settings, empty without one. `weights` says whether all
+    weight files lie in the folder, `weight_bytes` their size on disk. `overrides` is what `model_config` changed in
+    `config`.
     """
 
     name: str

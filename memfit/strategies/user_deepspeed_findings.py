@@ -29,9 +29,10 @@ from memfit.strategies.user_deepspeed import (
 # deepspeed.runtime.lr_schedules: what the rate does once it is warm.
 SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 EPSILON = 1e-8  # transformers.TrainingArguments.adam_epsilon, which memfit leaves as it is
+_BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # Values that transformers puts where the file says "auto".
 # Source: transformers.integrations.deepspeed:HfTrainerDeepSpeedConfig.trainer_config_process.
-FILLED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
+FILLED = {*_BATCHES, "gradient_clipping"}
 # Keys of the ZeRO section that move no byte of the ledger, whatever they are set to.
 FREE = {
     "stage",
@@ -81,8 +82,9 @@ class Against:
 
 def findings_of(config: Config, against: Against) -> tuple[Finding, ...]:
     """Everything there is to say of a configuration that `user_deepspeed.read` has put in one spelling."""
-    found = [*_keys(config, against.known)]
-    if not any(finding.kind == "error" for finding in found):
+    shapeless = [*_shapes(config, against.known)]
+    found = [*shapeless, *_keys(config, against.known), *_counts(config)]
+    if not shapeless:
         found += [*_stage(config), *_offload(config), *_precision(config), *_unpriced(config, against.known)]
         found += [*_without_effect(config, against.known)]
         if against.recipe is not None:
@@ -103,17 +105,27 @@ def _no_effect(key: str, problem: str, hint: str = "leave it out") -> Finding:
 # ── keys ──
 
 
+def _shapes(config: Config, known: DeepSpeedKeys) -> Iterator[Finding]:
+    """Sections that hold no keys: what they say cannot be read."""
+    for path in filter(None, known.sections):
+        above, _, key = path.rpartition(".")
+        place = config
+        for name in filter(None, above.split(".")):
+            place = section_of(place, name)
+        value = place.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            yield _error(path, f"is a section, and holds {value!r}", f'"{key}": {{...}}')
+
+
 def _keys(config: Config, known: DeepSpeedKeys) -> Iterator[Finding]:
     for key, value in config.items():
         if key in known.removed:
             yield _error(key, f"DeepSpeed {known.version} has it no more and refuses the file", "leave it out")
         elif key not in known.sections[""]:
             yield _unknown("", key, known)
-        elif key in known.sections and value is not None and not isinstance(value, Mapping):
-            yield _error(key, f"is a section, and holds {value!r}", f'"{key}": {{...}}')
         elif isinstance(value, Mapping):
             yield from _section_keys(key, value, known)
-        elif value == AUTO and key not in FILLED:
+        elif value == AUTO and key not in FILLED and key not in known.sections:
             yield _error(key, '"auto" is filled in by nobody here', "give a value, or leave it out")
 
 
@@ -126,10 +138,18 @@ def _section_keys(path: str, section: Mapping[str, Any], known: DeepSpeedKeys) -
             yield _error(inner, f"DeepSpeed {known.version} has it no more and refuses the file", "leave it out")
         elif key not in known.sections[path]:
             yield _unknown(path, key, known)
-        elif inner in known.sections and value is not None and not isinstance(value, Mapping):
-            yield _error(inner, f"is a section, and holds {value!r}", f'"{key}": {{...}}')
         elif isinstance(value, Mapping):
             yield from _section_keys(inner, value, known)
+        elif isinstance(known.sections[path][key], bool) and not (isinstance(value, bool) or value in (None, AUTO)):
+            # DeepSpeed reads "yes" and 1 as true; what is priced would be false.
+            yield _error(inner, f"{value!r} is not true or false", "true or false, without quotes")
+
+
+def _counts(config: Config) -> Iterator[Finding]:
+    for key in _BATCHES:
+        value = config.get(key)
+        if value not in (None, AUTO) and not is_count(value):
+            yield _error(key, f"{value!r} is no whole number above 0", '"auto", or a number without quotes')
 
 
 def _unknown(path: str, key: str, known: DeepSpeedKeys) -> Finding:
@@ -204,13 +224,12 @@ def _unpriced(config: Config, known: DeepSpeedKeys) -> Iterator[Finding]:
     """What would move bytes that no term counts: the forecast would be of another run."""
     defaults = known.sections[ZERO]
     for key, value in section_of(config, ZERO).items():
-        if key in PRICED or key in FREE or value is None or value == AUTO:
+        usual = defaults.get(key)
+        if key not in defaults or key in PRICED or key in FREE or value in (None, AUTO, usual):
             continue
-        if value != defaults.get(key):
-            usual = defaults.get(key)
-            yield _error(
-                f"{ZERO}.{key}", f"{value!r} has no price here", f"{usual!r}" if usual is not None else "leave it out"
-            )
+        yield _error(
+            f"{ZERO}.{key}", f"{value!r} has no price here", f"{usual!r}" if usual is not None else "leave it out"
+        )
     for key in PRICED:
         value = section_of(config, ZERO).get(key)
         wrong = isinstance(value, bool) != (key == "overlap_comm") or not isinstance(value, int)
@@ -263,9 +282,6 @@ def _sums(config: Config, ranks: int | None) -> Iterator[Finding]:
         yield _error(
             "train_batch_size", f"{batch} is not {micro} x {steps} accumulated x {ranks} ranks", 'leave one "auto"'
         )
-
-
-_BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 # ── the file against the recipe ──
@@ -362,10 +378,9 @@ def _schedule(config: Config, recipe: Recipe) -> Iterator[Finding]:
     block, schedule = section_of(config, "scheduler"), recipe.schedule
     kind, params = str(block.get("type", "")), section_of(block, "params")
     if SCHEDULES.get(kind) != schedule.kind:
-        does = f"is {SCHEDULES[kind]} once it is warm" if kind in SCHEDULES else "has no counterpart"
-        hint = (
-            f"leave the block out, or schedule.kind: {SCHEDULES[kind]}" if kind in SCHEDULES else "leave the block out"
-        )
+        does, hint = "has no counterpart", "leave the block out"
+        if kind in SCHEDULES:
+            does, hint = f"is {SCHEDULES[kind]} once it is warm", f"{hint}, or schedule.kind: {SCHEDULES[kind]}"
         yield _error("scheduler.type", f"{kind or 'none'} {does}, the recipe says {schedule.kind}", hint)
         return
     steps = schedule.steps

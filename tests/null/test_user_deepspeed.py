@@ -243,6 +243,30 @@ def test_what_deepspeed_refuses_is_an_error(tmp_path: Path) -> None:
     assert len(wrong) == 6
 
 
+def test_a_misspelt_key_hides_no_other_error(tmp_path: Path) -> None:
+    path = file(tmp_path, {"stage": 4, "reduce_bucket_sise": 1}, train_batch_size=3)
+    assert said(check(path, batch=8), "error").keys() >= {
+        "zero_optimization.stage",
+        "zero_optimization.reduce_bucket_sise",
+        "train_batch_size",
+    }
+
+
+@pytest.mark.parametrize("value", ["yes", "true", 1])
+def test_a_switch_is_true_or_false(tmp_path: Path, value: Any) -> None:
+    """pydantic takes these for true, and memfit would have priced fp32 and unpinned memory."""
+    moved = {"offload_optimizer": {"device": "cpu", "pin_memory": value}}
+    wrong = said(check(file(tmp_path, moved, bf16={"enabled": value})), "error")
+    assert wrong.keys() == {"bf16.enabled", "zero_optimization.offload_optimizer.pin_memory"}
+    assert "is not true or false" in wrong["bf16.enabled"]
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
+@pytest.mark.parametrize("value", ["8", 0, 2.5, True])
+def test_batches_are_counts(tmp_path: Path, key: str, value: Any) -> None:
+    assert key in said(check(file(tmp_path, **{key: value})), "error")
+
+
 def test_old_spellings_are_understood_and_told(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"bfloat16": {"enabled": True}, "zero_optimization": {"stage": 2, "cpu_offload": True}}))

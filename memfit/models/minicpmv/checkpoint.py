@@ -18,12 +18,11 @@ from transformers.utils import cached_file, logging
 
 from memfit.errors import UserError
 from memfit.families.minicpmv2 import KEPT_ON_DISK
+from memfit.inputs.model_source import FORMS, weight_names
 
 logger = logging.get_logger(__name__)
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-# What transformers looks for, in its order: a single file and an index. Shards of an index may end in .bin or .pth.
-FORMS = ((_SINGLE, _INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+_SINGLE, _INDEX = FORMS[0]
 _SHOWN = 12
 # Bytes of a number by its name in a safetensors header.
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -46,22 +45,15 @@ def stored_files(folder: Path) -> list[Path]:
 
     UserError that counts the files which an index names and the folder lacks.
     """
-    for single, index in FORMS:
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            named = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / name for name in sorted(set(named.values()))]
-            gone = [file.name for file in files if not file.is_file()]
-            if gone:
-                more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-                raise UserError(
-                    f"{folder}: {len(gone)} of {len(files)} weight files that {index} names are not there: "
-                    f"{gone[0]}{more}",
-                    "fetch the model again, or name the folder that is whole",
-                )
-            return files
-    return []
+    names = weight_names(folder)
+    gone = [name for name in names if not (folder / name).is_file()]
+    if gone:
+        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        raise UserError(
+            f"{folder}: {len(gone)} of {len(names)} weight files that its index names are not there: {gone[0]}{more}",
+            "fetch the model again, or name the folder that is whole",
+        )
+    return [folder / name for name in names]
 
 
 def _tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
