@@ -144,7 +144,7 @@ def _find(path: Path) -> tuple[RunFolder, Path]:
     if is_run_folder(path):
         run = open_run_folder(path)
         if not run.model.is_dir():
-            made = sorted(run.checkpoints.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+            made = sorted(run.checkpoints.glob("checkpoint-*"), key=lambda folder: (len(folder.name), folder.name))
             hint = f"export {made[-1]}" if made else "finish the training"
             raise UserError(f"{path} holds no trained model", hint)
         return run, run.model

@@ -204,7 +204,8 @@ def _node(forecast: Forecast) -> list[str]:
     large = [term for term in terms if term.bytes >= SMALL * node.peak_bytes]
     lines += [f"  {gib(term.bytes)}  {term.name} ({_alive(term)})" for term in sorted(large, key=lambda t: -t.bytes)]
     rest = sum(term.bytes for term in terms if term not in large)
-    lines += [f"  {gib(rest)}  {len(terms) - len(large)} smaller ones"] if rest else []
+    smaller = len(terms) - len(large)
+    lines += [f"  {gib(rest)}  {smaller} smaller {'one' if smaller == 1 else 'ones'}"] if rest else []
     nvme = f"; {gib(node.nvme_bytes)} of states on NVMe" if node.nvme_bytes else ""
     return [*lines, f"disk: {gib(node.checkpoint_bytes)} for one checkpoint{nvme}"]
 
