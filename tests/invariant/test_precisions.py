@@ -66,6 +66,7 @@ def run(kinds: dict[str, tuple[str, ...]], names: tuple[str, ...], root: Path) -
         check(one, several)
 
 
+@pytest.mark.long
 def test_sixteen_bits_on_two_ranks(tmp_path: Path) -> None:
     run({"qwen2_5_vl": ("method=full",), "minicpmv4_6": ("method=lora",)}, ("ddp", "fsdp", "zero2"), tmp_path)
 

@@ -39,6 +39,7 @@ def test_text_only_and_many_crops_side_by_side(tmp_path: Path) -> None:
     follow({"minicpmv4_6": (ALL,), "qwen2_5_vl": (FROZEN,)}, ("ddp", "fsdp", "zero3"), tmp_path, *SHORT)
 
 
+@pytest.mark.long
 def test_chunked_loss_of_unequal_answers(tmp_path: Path) -> None:
     """Ranks have different numbers of chunks, and one head: of its own, tied to the embeddings, and frozen."""
     kinds = {"qwen2_5_vl": (ALL,), "minicpmv4_6": (FROZEN,), "llava": ("method=lora",)}

@@ -131,8 +131,8 @@ def test_check_prices_a_file_and_names_idle_keys(
     assert "did you mean reduce_bucket_size?" in capsys.readouterr().out
     path.write_text(path.read_text().replace('"reduce_bucket_sise": 12345', '"load_from_fp32_weights": "perhaps"'))
     refused = memfit.check_deepspeed(path)
-    assert [finding.key for finding in refused.of("error")] == ["DeepSpeed"]
-    assert "load_from_fp32_weights" in refused.of("error")[0].problem
+    assert [finding.key for finding in refused.of("error")] == ["zero_optimization.load_from_fp32_weights"]
+    assert "'perhaps' is not true or false" in refused.of("error")[0].problem
 
 
 def test_another_deepspeed_is_asked_for_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
