@@ -47,6 +47,8 @@ def dummy_request(folder: Path, *sets: str, rows: tuple[int, ...] = (90, 60), **
 
 def assert_equal(trace: StepTrace, request: TraceRequest, slack: int = 64) -> None:
     real = measure(request)
+    if abs(trace.saved_bytes - real.held) > slack:
+        real = measure(request)  # garbage of earlier tests that dies meanwhile is missing in what is held
     assert abs(trace.saved_bytes - real.held) <= slack, (trace.saved_bytes, real.held)
     for phase in PHASES:
         mine, theirs = traced_peak(trace, phase), real.peaks[phase]
