@@ -30,6 +30,7 @@ DATA = Path(__file__).parents[1] / "memfit" / "catalog" / "data"
 # What most people ask first. A trace holds for every card; a replay of the allocator is of one.
 CARDS = ("1xRTX3090", "1xRTX4090", "1xA100-40G", "1xA100-80G", "1xH100-80G")
 METHODS = ("full", "lora")
+KINDS = ("profiles", "traces", "replays")
 
 
 def pack(cache: Path) -> int:
@@ -39,7 +40,7 @@ def pack(cache: Path) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(packed(_without_times(json.loads(file.read_text(encoding="utf-8")))))
     (DATA / "versions.json").write_text(json.dumps(dict(installed_versions())) + "\n", encoding="utf-8")
-    return sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for kind in KINDS for file in (DATA / kind).iterdir())
 
 
 def _without_times(value: dict[str, object]) -> dict[str, object]:
@@ -70,7 +71,8 @@ def main() -> int:
     parser.add_argument("--only", help="one catalogue name")
     only = parser.parse_args().only
     if only is None:
-        shutil.rmtree(DATA, ignore_errors=True)
+        for kind in KINDS:  # tapes are tools/catalog_tapes.py's
+            shutil.rmtree(DATA / kind, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MEMFIT_CACHE"] = folder
         tracing = _TracedOnce(step.trace_step)

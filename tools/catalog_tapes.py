@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -63,6 +64,8 @@ def main() -> int:
             for method in METHODS if only in (None, row.name) else ():
                 write(row, method)
         target = DATA / FOLDER
+        if only is None:
+            shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True, exist_ok=True)
         for file in Path(folder, FOLDER).glob("*.json"):
             (target / f"{file.name}.gz").write_bytes(packed(json.loads(file.read_text(encoding="utf-8"))))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -74,7 +75,7 @@ def evaluate(function: SizeFunction, point: Mapping[str, int]) -> int:
 
 def _close(table: np.ndarray, wanted: np.ndarray, count: int) -> list[tuple[int, ...]]:
     """Sets of `count` columns that reach `wanted` within rounding, simplest first."""
-    sets = np.array(list(combinations(range(table.shape[1]), count)))
+    sets = _sets(table.shape[1], count)
     if len(wanted) <= count:
         return []
     scaled = table / np.abs(table).max(axis=0)
@@ -86,6 +87,12 @@ def _close(table: np.ndarray, wanted: np.ndarray, count: int) -> list[tuple[int,
     solved = np.linalg.solve(normal, (sides.transpose(0, 2, 1) @ target)[..., None])
     errors = np.abs((sides @ solved)[..., 0] - target).max(axis=1)
     return [tuple(row) for row in sets[errors < 1e-6]]
+
+
+@cache
+def _sets(width: int, count: int) -> np.ndarray:
+    """All sets of `count` columns of `width`, the first columns first."""
+    return np.array(list(combinations(range(width), count)))
 
 
 def _exact(points: Sequence[Mapping[str, int]], sizes: Sequence[int], names: Sequence[str]) -> SizeFunction | None:

@@ -7,22 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from memfit.specs.tape import Reference
+from memfit.specs.trace import Event
 from memfit.trace.loops import LEAST, Repeat, find_repeats
 from memfit.trace.recording import Recording
 from memfit.trace.unfold import MAKES
 
 MARK = "mark"
-
-
-class Item(NamedTuple):
-    """An event or a mark; `storage` is -1 where it is about none."""
-
-    kind: str
-    storage: int
-    bytes: int
-    phase: str
-    path: str
-    op: str
 
 
 class Place(NamedTuple):
@@ -51,7 +41,7 @@ NOTHING = Candidates(frozenset(), frozenset(), frozenset())
 class Program:
     """`items` are one per slot, of the first round; `loops`: (first slot, behind the last slot, rounds)."""
 
-    items: list[Item] = field(default_factory=list)
+    items: list[Event] = field(default_factory=list)
     candidates: list[Candidates] = field(default_factory=list)
     loops: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -67,26 +57,26 @@ def program_of(recording: Recording) -> Program:
         repeats = [row for loop, row in enumerate(repeats) if loop not in odd]
 
 
-def items_of(recording: Recording) -> list[Item]:
-    """Events with the marks between them."""
-    items: list[Item] = []
+def items_of(recording: Recording) -> list[Event]:
+    """Events with the marks between them: a mark is about no storage, its part is the path and its block the op."""
+    items: list[Event] = []
     marks = iter([*recording.marks, (-1, ("", None))])
     at, where = next(marks)
     for index, event in enumerate(recording.events):
         while at == index:
-            items.append(Item(MARK, -1, 0, "", where[0], "" if where[1] is None else str(where[1])))
+            items.append(Event(MARK, -1, 0, "", where[0], "" if where[1] is None else str(where[1])))
             at, where = next(marks)
-        items.append(Item(*event))
+        items.append(event)
     return items
 
 
-def _labels(items: Sequence[Item]) -> list[tuple[object, ...]]:
+def _labels(items: Sequence[Event]) -> list[tuple[object, ...]]:
     """What makes two rounds of a loop equal: all but the numbers of storages, of which their making counts."""
     made = {item.storage: (item.phase, item.path, item.op, item.bytes) for item in items if item.kind in MAKES}
     return [(item.kind, item.bytes, item.phase, item.path, item.op, made.get(item.storage)) for item in items]
 
 
-def _read(items: Sequence[Item], repeats: Sequence[Repeat]) -> tuple[Program, set[int]]:
+def _read(items: Sequence[Event], repeats: Sequence[Repeat]) -> tuple[Program, set[int]]:
     """The program, and the loops with a slot that no rule serves."""
     program, places = Program(), _places(items, repeats)
     owners: dict[int, Place] = {}
@@ -115,7 +105,7 @@ def _ends(sets: Sequence[frozenset[Reference]]) -> Candidates:
     return Candidates(sets[0], frozenset.intersection(*sets[1:-1]), sets[-1])
 
 
-def _places(items: Sequence[Item], repeats: Sequence[Repeat]) -> list[Place]:
+def _places(items: Sequence[Event], repeats: Sequence[Repeat]) -> list[Place]:
     places: list[Place] = []
     slot = at = 0
     for loop, row in enumerate(repeats):

@@ -19,6 +19,7 @@ Size = tuple[int, int]  # rows, tokens
 Recordings = Mapping[Size, Recording]
 WAYS = ("single", "same", "back", "first", "last")  # simplest first
 LEAST_HELD_OUT = 3
+SHARED = ("device", "substitutions", "parameters", "runs")  # what no size changes
 
 
 class _NoForm(Exception):
@@ -41,7 +42,10 @@ def tape_of(seen: Recordings, held_out: Recordings, padded: bool | None = None) 
 
 
 def play(tape: Tape, rows: int, tokens: int) -> Recording:
-    """The recording at these sizes. Raises ValueError where a function gives no whole number."""
+    """The recording at these sizes.
+
+    Raises ValueError where a function gives no whole number, IndexError where a loop runs too few rounds for its tape.
+    """
     point = values_of(rows, tokens)
     sizes = [evaluate(function, point) for function in tape.functions]
     player = _Player(tape, sizes)
@@ -70,10 +74,8 @@ class _Maker:
     def make(self, padded: bool | None) -> Tape:
         first = self.recordings[0]
         for other in self.recordings[1:]:
-            same = ("device", "substitutions", "parameters", "runs")
-            if any(getattr(first, name) != getattr(other, name) for name in same) or list(first.flops) != list(
-                other.flops
-            ):
+            differ = any(getattr(first, name) != getattr(other, name) for name in SHARED)
+            if differ or list(first.flops) != list(other.flops):
                 raise _NoForm
         programs = [program_of(recording) for recording in self.recordings]
         slots, loops = self._slots(programs), self._loops(programs)
@@ -185,4 +187,7 @@ class _Player:
         rounds = self.made[about.slot]
         last = len(rounds) - 1
         places = {"single": 0, "same": turn, "back": last - turn, "first": 0, "last": last}
-        return rounds[places[about.way] + about.by]
+        place = places[about.way] + about.by
+        if place < 0:
+            raise IndexError(f"round {place} of slot {about.slot}")
+        return rounds[place]

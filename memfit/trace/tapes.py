@@ -59,7 +59,10 @@ def played(tapes: Sequence[Tape], batch: TraceBatch) -> Recording | None:
         return None
     for tape in tapes:
         if tape.domain.holds(rows, tokens):
-            return play(tape, rows, tokens)
+            try:
+                return play(tape, rows, tokens)
+            except (ValueError, IndexError):
+                continue  # a size that is no whole number, a round that is not there: this size is traced
     return None
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from memfit.inputs.shipped import packed
 from memfit.inputs.tape_store import load_tapes, store_tapes
-from memfit.specs.tape import WHOLE, Domain
+from memfit.specs.tape import WHOLE, Domain, SizeTerm
 from memfit.specs.trace import Event, TraceBatch
 from memfit.trace.loops import Repeat, find_repeats
 from memfit.trace.recording import Recording, settled
@@ -114,6 +114,18 @@ def test_outside_its_domain_nothing_is_played() -> None:
     assert played(tapes, TraceBatch((500, 500))) is None, "two rows"
     assert played(tapes, TraceBatch((500,), trained=(20,))) is None, "a loss over some tokens only"
     assert played(tapes, TraceBatch((500, 400))) is None, "unequal rows"
+
+
+def test_a_tape_that_cannot_be_played_leaves_the_size_to_tracing() -> None:
+    tape = tape_of(recordings(SEEN), recordings(HELD_OUT))
+    assert tape is not None
+    odd = dataclasses.replace(tape, functions=((SizeTerm(1, 7, "T"),),) * len(tape.functions))
+    batch = TraceBatch((401,) * 3)
+    assert played((odd,), batch) is None
+    assert played((odd, tape), batch) == step(3, 401), "the next that holds is taken"
+    middle = tuple(slot._replace(about=slot.about[1:2] or slot.about) for slot in tape.slots)
+    never = dataclasses.replace(tape, slots=middle)
+    assert played((never,), batch) is None, "the first round has none before it to free"
 
 
 def changed(record: Recording, at: int, **values: object) -> Recording:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from memfit.cli import main
 from memfit.inputs.recipe_file import load_recipe
 from memfit.specs.recipe import Recipe
 from memfit.testing import make_dummy, make_samples
 from tests.supported import READING
 
+Command = Callable[..., tuple[int, str, str]]
 VISION_KINDS = ("minicpmv4_6", "minicpmv4_7", "qwen2_5_vl", "llava", "minicpmv2_6")
 
 
@@ -69,3 +71,16 @@ def recipe(dummies: Callable[[str], Path], slips: Path, words: Path, tmp_path: P
         return load_recipe(None, [*quick, *sets], model=str(dummies(kind)))
 
     return make
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs a memfit command in this process: its exit code, stdout and stderr."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()  # what fixtures printed (DeepSpeed's first import warns on stdout) is not the command's
+        code = main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return command

@@ -9,19 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from memfit.cli import main
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Command:
-    def command(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+from tests.unit.conftest import Command
 
 
 @pytest.fixture

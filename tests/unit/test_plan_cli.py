@@ -11,24 +11,12 @@ from typing import Any
 import pytest
 
 import memfit
-from memfit.cli import main
 from memfit.inputs.plan_file import recipe_of_plan
 from memfit.specs.recipe import Recipe
 from memfit.trace.forecast import step_request
 from memfit.trace.prepare import prepare
 from memfit.trace.step import trace_step
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Command:
-    def command(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+from tests.unit.conftest import Command
 
 
 @pytest.fixture
