@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -51,22 +50,20 @@ def test_what_is_not_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "gpus", "more", "seconds"),
+    ("model", "gpus", "more"),
     [
-        ("openbmb/MiniCPM-V-4_6", "1xRTX4090", (), 2),
+        ("openbmb/MiniCPM-V-4_6", "1xRTX4090", ()),
         # Neither this length nor this card is shipped: the tape is played and the allocator replayed.
-        ("llama-3.2-1b", "1xL40S", ("--set", "workload.tokens=3001", "--set", "levers.micro_batch=3"), 4),
+        ("llama-3.2-1b", "1xL40S", ("--set", "workload.tokens=3001", "--set", "levers.micro_batch=3")),
     ],
     ids=["shipped as it is", "played"],
 )
-def test_a_catalogued_model_needs_no_torch(
-    tmp_path: Path, model: str, gpus: str, more: tuple[str, ...], seconds: int
-) -> None:
+def test_a_catalogued_model_needs_no_torch(tmp_path: Path, model: str, gpus: str, more: tuple[str, ...]) -> None:
+    """How long that takes stands in docs/measured/cold_estimate.md: a bound in seconds would test the machine."""
     made = json.loads((DATA / "versions.json").read_text(encoding="utf-8"))
     if made != dict(installed_versions()):
         pytest.skip(f"the shipped numbers are of {made}, here is {dict(installed_versions())}")
     script = ESTIMATE.format(model=model, gpus=gpus, more="".join(f", {one!r}" for one in more))
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [
             sys.executable,
@@ -79,9 +76,6 @@ def test_a_catalogued_model_needs_no_torch(
         env={**os.environ, "MEMFIT_CACHE": str(tmp_path), "HF_HOME": str(tmp_path)},
         check=False,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr + "\nrun python tools/catalog_data.py"
     data = json.loads(done.stdout)
     assert data["gpu"]["process_bytes"] > data["gpu"]["peak_reserved_bytes"] > data["gpu"]["peak_allocated_bytes"]
-    # Processor time, which a busy machine does not stretch much: half a second on an idle core, one where played.
-    assert after.ru_utime - before.ru_utime < seconds

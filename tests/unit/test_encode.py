@@ -342,6 +342,7 @@ def least_seconds(work: Callable[[Any], object], items: Sequence[Any]) -> float:
     return min(rounds)
 
 
+@pytest.mark.long  # two programs' speeds beside each other want a machine that does nothing else
 @pytest.mark.parametrize("kind", ["minicpmv4_6", "qwen2_5_vl", "llama"])
 def test_speed(kind: str, encoders: dict[str, Encoder], folders: dict[str, Path]) -> None:
     """At most twice the time that transformers takes to render and tokenize alone, without labels and placeholders.
