@@ -49,6 +49,7 @@ def test_a_user_error_of_a_rank_is_the_users_to_mend(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60  # the rank that waited was ended
 
 
+@pytest.mark.long
 def test_an_unknown_error_comes_with_its_rank_and_its_last_words(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     with pytest.raises(RunFailed, match="rank 1 failed: KeyError: 'weight'") as caught:
@@ -66,6 +67,7 @@ def test_a_killed_rank_ends_the_run_and_host_memory_is_named(tmp_path: Path) -> 
     assert "host memory" in caught.value.hint
 
 
+@pytest.mark.long
 def test_an_interrupt_ends_every_rank(tmp_path: Path) -> None:
     text = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], os.environ['RANK']).touch(); time.sleep(120)"
     whole = f"""

@@ -48,6 +48,7 @@ def measured(
     return peaks(common, Case(name, (f"hardware.gpus={ranks}xcpu", *LAYOUTS[name])), root / "run", ranks), size
 
 
+@pytest.mark.long
 def test_fsdp_reads_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first, other), size = measured(tmp_path, monkeypatch, "fsdp")
     assert other["peak"] <= size / 2 + BESIDE < 0.8 * size

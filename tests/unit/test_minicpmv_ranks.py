@@ -38,6 +38,7 @@ def losses(engine: str, folder: Path, out: Path, ranks: int = 1) -> list[float]:
     return list(json.loads(out.read_text()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["minicpmv2_6"])
 def test_fsdp2_follows_one_process(dummies: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     alone = losses("one", dummies(kind), tmp_path / "one.json")

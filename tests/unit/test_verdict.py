@@ -146,6 +146,7 @@ def test_host_terms_have_widths_of_their_own(recipe: Make) -> None:
     assert {name for term, name in classes.items() if term != "host.cuda"} == {"host"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
 def test_a_process_takes_about_what_the_row_says() -> None:
     """Imports alone; the row is of a rank after some steps, which adds a tenth."""
