@@ -53,6 +53,7 @@ check: $(FOR_TESTS) ## format, lint, types and the tests that need no torch (und
 	@$(BIN)/python tools/physics_docs.py --check
 	@$(BIN)/python tools/demo_docs.py --check
 	@$(BIN)/python tools/models_docs.py --check
+	@$(BIN)/python tools/proof_docs.py --check
 	@$(BIN)/python tools/openbmb_docs.py --check
 	@$(BIN)/python -m pytest -q -n 2 tests/null
 	@$(BIN)/python -m pytest -q tests/null/test_floors.py -k house_limits

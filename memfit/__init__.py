@@ -1,8 +1,8 @@
 """memfit: memory-aware fine-tuning for multimodal language models.
 
 `memfit.estimate`, `memfit.plan`, `memfit.check`, `memfit.train`, `memfit.evaluate`, `memfit.report`, `memfit.export`
-and `memfit.doctor` do what the commands of the same names do. Importing memfit does nothing else: torch is loaded only
-by what needs it.
+and `memfit.doctor` do what the commands of the same names do; `memfit.prove` proves a Trainer of your own script.
+Importing memfit does nothing else: torch is loaded only by what needs it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
         export,
         gpus,
         plan,
+        plan_answers,
         plot,
+        plot_plan,
+        prove,
         read_recipe,
         report,
         train,
+        why_not,
     )
 
 __version__ = "0.1.0.dev0"
@@ -38,10 +42,14 @@ __all__ = [
     "export",
     "gpus",
     "plan",
+    "plan_answers",
     "plot",
+    "plot_plan",
+    "prove",
     "read_recipe",
     "report",
     "train",
+    "why_not",
 ]
 
 

@@ -6,22 +6,24 @@ Importing this module loads no torch; the functions that need it load it when ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from memfit.catalog.gpus import GPUS
-from memfit.catalog.models import MODELS, ModelRow, find_row
-from memfit.errors import DoesNotFit, UserError
+from memfit.catalog.models import MODELS, ModelRow
+from memfit.errors import UserError
 from memfit.inputs.model_source import find_model, require_weights
 from memfit.inputs.plan_file import is_plan_file, recipe_of_plan
 from memfit.inputs.processes import prepare_environment
-from memfit.inputs.recipe_file import load_recipe, override
+from memfit.inputs.recipe_file import load_recipe, override, parse_set
 from memfit.inputs.run_folder import new_run_folder, write_json
+from memfit.inputs.sweep_values import parse_sweep
+from memfit.planner.answer import search_json
 from memfit.planner.difference import difference
-from memfit.planner.estimate_text import estimate_text, shortfall
+from memfit.planner.estimate_text import estimate_text
 from memfit.planner.plan import plan_json
+from memfit.planner.plan_text import levers_line
 from memfit.planner.user_engine import check_deepspeed_file, remarks
 from memfit.specs.check import CheckReport, loaded_lines
 from memfit.specs.deepspeed_file import DeepSpeedCheck, Finding
@@ -31,49 +33,30 @@ from memfit.specs.export import ExportRequest, ExportResult
 from memfit.specs.hardware import GpuRow
 from memfit.specs.health import Health
 from memfit.specs.plan import Forecast
+from memfit.specs.proof import Proof
 from memfit.specs.recipe import Recipe
-from memfit.specs.search import SearchResult
-from memfit.specs.trace import Row
-from memfit.specs.workload import LoaderLoad
-from memfit.trace.data import data_of, names_data, scanned
-from memfit.trace.forecast import forecast_plan, load_of, worst_rows
-from memfit.trace.prepare import Prepared, hardware_of, prepare
-from memfit.units import duration
+from memfit.specs.search import Answer, SearchResult
+from memfit.specs.train import TrainResult
+from memfit.trace.data import (
+    data_loaded,
+    data_of,
+    loader_of,
+    names_data,
+    prepared_with_data,
+    ready_to_plan,
+    scanned,
+    worst_of_data,
+)
+from memfit.trace.forecast import forecast_plan
+from memfit.trace.prepare import hardware_of, prepare
+from memfit.trace.sweep import held_plan
+from memfit.trace.sweep import sweep as sweep_of
+from memfit.trace.worst import worst_plan
 
 Say = Callable[[str], None]
 # (what is done, how many are done, how many there are or None)
 Progress = Callable[[str, int, int | None], None]
 RecipeLike = Recipe | Path | str | None
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What `train` did. `projected_seconds` stands after a pilot, which saves no model (`model` is None)."""
-
-    folder: Path
-    model: Path | None
-    steps: int
-    total_steps: int
-    seconds: float
-    loss: float | None
-    projected_seconds: float | None
-
-    def text(self, whole_command: str) -> str:
-        """What a person reads after training; after a pilot, how long the whole run takes and how to start it."""
-        if self.projected_seconds is not None:
-            return (
-                f"pilot: {self.steps} of {self.total_steps} steps in {duration(self.seconds)}; the whole run would "
-                f"take about {duration(self.projected_seconds)}\nstart it with: {whole_command}"
-            )
-        loss = "-" if self.loss is None else f"{self.loss:.4f}"
-        return (
-            f"trained {self.steps} steps in {duration(self.seconds)}, last loss {loss}\nmodel: {self.model}\n"
-            f"next: memfit eval {self.folder} --base, then memfit report {self.folder}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, paths as texts."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
 
 
 def read_recipe(recipe: RecipeLike = None, sets: Sequence[str] = (), model: str | None = None) -> Recipe:
@@ -96,10 +79,10 @@ def estimate(
     A model of the catalogue needs neither network nor files. `say` hears what could not be read.
     """
     wanted = read_recipe(recipe, sets, model)
-    prepared = _prepared_with_data(wanted, say) if names_data(wanted) else prepare(wanted, catalogue=True)
+    prepared = prepared_with_data(wanted, say) if names_data(wanted) else prepare(wanted, catalogue=True)
     for line in remarks(wanted, prepared.hardware):
         say(line)
-    return forecast_plan(prepared, *_worst_of_data(prepared, say)).forecast
+    return forecast_plan(prepared, *worst_of_data(prepared, say)).forecast
 
 
 def compare(
@@ -111,21 +94,63 @@ def compare(
 
 
 def plan(
-    recipe: RecipeLike = None, *, sets: Sequence[str] = (), model: str | None = None, say: Say = lambda text: None
+    recipe: RecipeLike = None,
+    *,
+    sets: Sequence[str] = (),
+    model: str | None = None,
+    sweep: str | None = None,
+    questions: bool = False,
+    say: Say = lambda text: None,
 ) -> SearchResult:
     """Search every lever that is `auto`: what fits, fastest first, and why; what was refused, and by how much.
 
-    Data and model are read as by `estimate`. `say` hears of every step that has to be traced. Nothing is written.
+    Data and model are read as by `estimate`. `sweep` ("workload.tokens=1024..8192") also forecasts the chosen plan, or
+    the closest, at other values of one key; `questions` also answers what people ask (`plan_answers`). `say` hears of
+    every step that is traced. Nothing is written.
     """
     from memfit.trace.plan import plan_for
 
+    moved = parse_sweep(sweep) if sweep is not None else None
     wanted = read_recipe(recipe, sets, model)
-    prepared = _prepared_with_data(wanted, say) if names_data(wanted) else prepare(wanted, catalogue=True)
+    prepared, data, samples = ready_to_plan(wanted, say)
     for line in remarks(wanted, prepared.hardware):
         say(line)
-    scan = scanned(prepared, say)
-    result = plan_for(prepared, data_of(prepared, scan), say)
-    return result if scan is None else dataclasses.replace(result, samples=scan.samples)
+    result = dataclasses.replace(plan_for(prepared, data, say), samples=samples)
+    if moved is not None:
+        result = dataclasses.replace(result, sweep=sweep_of(*moved, held_plan(result, wanted), estimate, say))
+    if questions:
+        result = dataclasses.replace(result, answers=tuple(plan_answers(result, wanted, say=say)))
+    return result
+
+
+def plan_answers(
+    result: SearchResult,
+    recipe: RecipeLike = None,
+    *,
+    sets: Sequence[str] = (),
+    model: str | None = None,
+    say: Say = lambda text: None,
+) -> Iterator[Answer]:
+    """What people ask of the plan that `plan` chose for a recipe, one answer at a time: how long samples may be, how
+    many crops may stay, what one more GPU buys, what the smallest hardware is. None where nothing was chosen.
+    """
+    from memfit.trace.questions import answers
+
+    if result.ranked:
+        prepared, data, _ = ready_to_plan(read_recipe(recipe, sets, model), lambda text: None)
+        yield from answers(prepared, result.ranked[0], data, say)
+
+
+def why_not(plan_file: Path, wanted: Sequence[str]) -> list[str]:
+    """Why a plan.json chose no plan with these `key=value`s: what refused them, or how much slower they are, in lines.
+
+    UserError for a file without the candidates of a search, and for keys that were not searched.
+    """
+    from memfit.inputs.plan_file import read_plan_file
+    from memfit.planner.why_not import why_not as answered
+
+    pairs = dict(parse_set(text) for text in wanted)
+    return answered(read_plan_file(Path(plan_file)), {".".join(key): value for key, value in pairs.items()})
 
 
 def plot(forecasts: Forecast | Sequence[Forecast], path: Path, names: Sequence[str] = ()) -> Path:
@@ -137,6 +162,16 @@ def plot(forecasts: Forecast | Sequence[Forecast], path: Path, names: Sequence[s
 
     several = [forecasts] if isinstance(forecasts, Forecast) else list(forecasts)
     return write_picture(several, list(names) or [forecast.recipe.model for forecast in several], Path(path))
+
+
+def plot_plan(result: SearchResult, path: Path, name: str) -> Path:
+    """Draw a plan: memory against speed of all that was searched, the ranked plans as bars, and its sweep.
+
+    SVG, PNG or HTML by the suffix of `path`; UserError for another, and where the file cannot be written.
+    """
+    from memfit.monitor.plan_picture import write_plan_picture
+
+    return write_plan_picture(result, name, Path(path))
 
 
 def check(
@@ -187,10 +222,14 @@ def train(
     sets: Sequence[str] = (),
     model: str | None = None,
     pilot: bool = False,
+    proof: Literal["full", "quick", "only"] = "full",
     say: Say = print,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Check the data, forecast, fine-tune, save. Raises UserError, DoesNotFit or RunFailed."""
+    """Check the data, forecast, prove, fine-tune, save. Raises UserError, DoesNotFit, ProofFailed or RunFailed.
+
+    `proof`: "quick" skips save and reload, as a pilot's does; "only" stops behind a full one. `say` hears its card.
+    """
     wanted = read_recipe(recipe, sets, model)
     # Before accelerate imports DeepSpeed, which else looks for an accelerator and prints that it found none on stdout.
     prepare_environment(hardware_of(wanted).gpu is None)
@@ -198,21 +237,25 @@ def train(
     from memfit.build.device import device_for
     from memfit.build.supported import refuse_what_is_not_built
     from memfit.engine.host_ops import prepare_operators
-    from memfit.engine.launch import run_job
-    from memfit.engine.train import Job
+    from memfit.engine.launch import prove_job, run_job
+    from memfit.engine.refusals import chosen_plan, data_json, refuse_what_does_not_fit
+    from memfit.engine.train import Job, count_steps
     from memfit.inputs.data import load_samples
     from memfit.inputs.data.options import check_options
     from memfit.inputs.encode import Encoder
     from memfit.models import left_on_disk
+    from memfit.trace.plan import choose, plan_for
 
     prepared = prepare(wanted)
-    states = prepared.plan()
-    _refuse_what_does_not_fit(states.forecast, say)
-    refuse_what_is_not_built(states.recipe)
+    refuse_what_is_not_built(prepared.plan().recipe)
     device_for(prepared.hardware)  # a GPU that torch cannot use is told before anything is read or written
     for line in remarks(wanted, prepared.hardware):
         say(line)
-    prepare_operators(states, say)
+    if wanted.goal == "long":  # its data are cut to what fits: that is planned before they are read
+        found = plan_for(prepared, data_of(prepared, scanned(prepared, say), say), say, wanted=1)
+        wanted = chosen_plan(found, prepared.hardware).recipe
+        say("\n".join(("plan: " + levers_line(wanted), *found.ranked[0].reasons)))
+        prepared = prepare(wanted)
     source = require_weights(prepared.source)
     for line in left_on_disk(source.config, source.folder):
         say(line)
@@ -221,21 +264,33 @@ def train(
     loaded = load_samples(wanted.data, options, encoder)
     for line in loaded_lines(loaded, options.max_length):
         say(line)
-    micro = int(states.recipe.levers.micro_batch)
-    load = load_of(prepared, (*loaded.train_costs, *loaded.eval_costs), loaded.reading)
-    rows = worst_rows(loaded.train, loaded.train_costs, encoder, micro, prepared.recipe.levers.packing)
-    plan = forecast_plan(prepared, rows, load)
-    _refuse_what_does_not_fit(plan.forecast, say)
+    searched = choose(prepared, data_loaded(prepared, loaded, encoder), say)
+    if searched is not None:
+        prepared = dataclasses.replace(prepared, recipe=chosen_plan(searched, prepared.hardware).recipe)
+    micro = int(prepared.plan().recipe.levers.micro_batch)
+    load = loader_of(prepared, loaded, micro)
+    plan, worst = worst_plan(prepared, (loaded.train, loaded.train_costs), encoder, load)
+    if searched is not None and searched.chosen is not None:
+        plan = dataclasses.replace(plan, tier=searched.chosen.tier, reasons=searched.chosen.reasons)
+        say(f"plan: {levers_line(plan.recipe)} (of {searched.searched:,} candidates)\n  " + "\n  ".join(plan.reasons))
+    refuse_what_does_not_fit(plan.forecast, say)
+    prepare_operators(plan, say)
     say(estimate_text(plan.forecast))
     # A pilot leaves the folder free that the whole run asks for.
     mark, pinned = "-pilot" if pilot else "", wanted.run.folder
     name = recipe.stem if isinstance(recipe, Path) else wanted.model
     folder = new_run_folder(pinned if pinned == "auto" else f"{pinned}{mark}", f"{name}{mark}")
     say(f"{len(loaded.train):,} samples to train on, {len(loaded.eval):,} to evaluate; run folder {folder.path}")
-    write_json(folder.plan, plan_json(plan))
-    write_json(folder.data, _data_json(loaded))
+    write_json(folder.plan, {**plan_json(plan), **(search_json(searched) if searched else {})})
+    write_json(folder.data, data_json(loaded))
     materials = Materials(source, prepared.family, prepared.profile)
-    done = run_job(Job(plan, materials, loaded.train, loaded.eval, folder, pilot, loaded.most_pixels))
+    known = (loaded.train_costs, loaded.eval_costs, worst)
+    job = Job(plan, materials, loaded.train, loaded.eval, folder, pilot, loaded.most_pixels, *known)
+    shown = prove_job(job, "quick" if pilot or proof == "quick" else "full", say, quiet=proof == "only")
+    if proof == "only":
+        total = count_steps(plan.recipe, len(job.train), plan.forecast.hardware.ranks).total
+        return TrainResult(folder.path, None, 0, total, float(shown["seconds"]), None, None)
+    done = run_job(job)
     return TrainResult(
         folder=done.folder,
         model=None if pilot else done.model,
@@ -245,6 +300,16 @@ def train(
         loss=done.loss,
         projected_seconds=done.projected_seconds,
     )
+
+
+def prove(trainer: Any, *, folder: Path | None = None, strict: bool = False, say: Say = print) -> Proof:
+    """Prove a transformers or TRL Trainer of your own before it trains, and change nothing of it: `prove_trainer`.
+
+    `say` hears the card, `folder` gets proof.json. `Proof.failed` names what is not in effect: with `strict`, an error.
+    """
+    from memfit.engine.foreign.prove import Options, prove_trainer
+
+    return prove_trainer(trainer, Options(folder, strict, say))
 
 
 def evaluate(request: EvaluateRequest, *, progress: Progress | None = None, say: Say = print) -> EvaluateResult:
@@ -288,45 +353,5 @@ def models() -> tuple[ModelRow, ...]:
     return MODELS
 
 
-def _prepared_with_data(recipe: Recipe, say: Say) -> Prepared:
-    """Reading samples takes the model's own files; where they cannot be had, the catalogue's facts must do."""
-    try:
-        return prepare(recipe)
-    except UserError as error:
-        if find_row(recipe.model) is None:
-            raise
-        say(f"{recipe.data.train} was not read, the default workload stands in: {error.problem}")
-        return prepare(recipe, catalogue=True)
-
-
-def _worst_of_data(prepared: Prepared, say: Say) -> tuple[tuple[Row, ...], LoaderLoad | None]:
-    """The worst micro-batch of the recipe's data and what all of it makes of the loader; empty and None where the
-    recipe names no file that is here."""
-    micro = prepared.recipe.levers.micro_batch
-    micro = micro if isinstance(micro, int) else 1
-    data = data_of(prepared, scanned(prepared, say))
-    return tuple(data.rows(micro)), data.load(micro)
-
-
 def _called(recipe: RecipeLike) -> str:
     return recipe.model if isinstance(recipe, Recipe) else str(recipe)
-
-
-def _refuse_what_does_not_fit(forecast: Forecast, say: Say) -> None:
-    if forecast.fits is False:
-        say(estimate_text(forecast))
-        found = shortfall(forecast)
-        raise DoesNotFit(
-            f"this run does not fit {forecast.hardware.text}" + (f": {found}" if found else ""),
-            "memfit estimate shows what is large; try method=lora, levers.checkpointing=full or a smaller image budget",
-        )
-
-
-def _data_json(loaded: Any) -> dict[str, Any]:
-    return {
-        "train": len(loaded.train),
-        "eval": len(loaded.eval),
-        "broken": [dataclasses.asdict(row) for row in loaded.broken],
-        "shortened": [dataclasses.asdict(row) for row in loaded.shortened],
-        "split": loaded.split.to_json(),
-    }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Memory-aware fine-tuning for multimodal language models: forecast, plan, check, train, evaluate, report.",
-    epilog="Exit codes: 0 done; 1 user error; 2 bad command line; 3 does not fit; 5 run failed.",
+    epilog="Exit codes: 0 done; 1 user error; 2 bad command line; 3 does not fit; 4 proof failed; 5 run failed.",
 )
 
 RecipeArgument = Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A recipe (YAML); see docs/recipe.md.")]
@@ -39,6 +39,19 @@ ModelOption = Annotated[
 ]
 GpusOption = Annotated[str | None, typer.Option("--gpus", metavar="2xRTX3090", help="Hardware; see `memfit gpus`.")]
 HostOption = Annotated[str | None, typer.Option("--host-memory", metavar="128GiB", help="Host memory of one machine.")]
+
+
+class ProofOption(enum.StrEnum):
+    """How much is proved before a run."""
+
+    full = "full"
+    quick = "quick"
+    only = "only"
+
+
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: a file ending in .svg, .png or .html.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -67,9 +80,7 @@ def estimate(
     host_memory: HostOption = None,
     why: Annotated[str | None, typer.Option("--why", metavar="ID", help="Formula and source of one term.")] = None,
     as_json: JsonOption = False,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: a file ending in .svg, .png or .html.")
-    ] = None,
+    plot: PlotOption = None,
 ) -> None:
     """Forecast the memory of one run, without a GPU and without weights; of two, their difference term by term."""
     from memfit import api
@@ -106,26 +117,26 @@ def plan(
     gpus: GpusOption = None,
     host_memory: HostOption = None,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the plan is written.")] = Path("plan.json"),
+    sweep: Annotated[
+        str | None,
+        typer.Option("--sweep", metavar="KEY=a..b", help="How memory moves over one key: a..b, a..b..step or a,b,c."),
+    ] = None,
+    plot: PlotOption = None,
+    why_not: Annotated[
+        list[str] | None,
+        typer.Option("--why-not", metavar="KEY=VALUE", help="Why not this lever? Of a plan.json, without a search."),
+    ] = None,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Only search: no answers on longer samples, more crops, other hardware.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Search every lever left auto: the fastest set-up that fits, its reasons, and what was refused by how much."""
-    from memfit import api
-    from memfit.inputs.plan_file import may_write_plan
-    from memfit.inputs.run_folder import write_json
-    from memfit.planner.answer import result_json
-    from memfit.planner.plan_text import plan_text
+    from memfit.commands.plan import PlanRequest, run_plan
 
-    may_write_plan(out)
-    found = api.plan(recipe, sets=_sets(set_, gpus, host_memory), model=model, say=_say)
-    values = result_json(found)
-    write_json(out, values)
-    if as_json:
-        _print_json(values)
-    else:
-        print(plan_text(found))
-        _say(f"written: {out}" + (f"; memfit train {out} runs it" if found.chosen else ""))
-    if found.chosen is None:
-        raise typer.Exit(3)
+    sets = tuple(_sets(set_, gpus, host_memory))
+    request = PlanRequest(recipe, sets, model, out, sweep, plot, tuple(why_not or ()), brief, as_json)
+    raise typer.Exit(run_plan(request, _say))
 
 
 @app.command()
@@ -151,7 +162,7 @@ def check(
         found = api.check_deepspeed(deepspeed, recipe, sets=_sets(set_), model=model)
         _print_json(found.to_json()) if as_json else print(found.text())
         raise typer.Exit(1 if found.verdict == "refused" else 0)
-    report = api.check(recipe, sets=_sets(set_), model=model, quarantine=quarantine, progress=_Counter())
+    report = api.check(recipe, sets=_sets(set_), model=model, quarantine=quarantine, progress=_counter())
     if as_json:
         _print_json(report.to_json())
     else:
@@ -169,12 +180,27 @@ def train(
     pilot: Annotated[
         bool, typer.Option("--pilot", help="Run a small share first, then tell how long the whole run takes.")
     ] = False,
+    proof: Annotated[
+        ProofOption,
+        typer.Option("--proof", help="Before the run: full; quick saves and reloads nothing; only stops behind it."),
+    ] = ProofOption.full,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the data, forecast, fine-tune, and save the model in a run folder."""
+    """Check the data, forecast, prove on the worst batches, fine-tune, and save the model in a run folder."""
     from memfit import api
 
-    result = api.train(recipe, sets=_sets(set_, gpus), model=model, pilot=pilot, say=_say, progress=_Counter())
+    result = api.train(
+        recipe,
+        sets=_sets(set_, gpus),
+        model=model,
+        pilot=pilot,
+        proof=proof.value,
+        say=_say,
+        progress=_counter(),
+    )
+    if proof is ProofOption.only:
+        _show_proof(result.folder / "proof.json", as_json)
+        return
     if as_json:
         _print_json(result.to_json())
     else:
@@ -200,7 +226,7 @@ def evaluate(
     from memfit.monitor.evaluation_text import evaluation_text
 
     request = api.EvaluateRequest(run_or_model, data, base, images, name, limit, out, tuple(set_ or ()))
-    result = api.evaluate(request, progress=_Counter(), say=_say)
+    result = api.evaluate(request, progress=_counter(), say=_say)
     if as_json:
         _print_json(result.to_json())
     else:
@@ -262,49 +288,20 @@ def doctor(
 def gpus(as_json: JsonOption = False) -> None:
     """The GPUs that --gpus knows, with their usable memory and where the figure is from."""
     from memfit import api
-    from memfit.monitor.report_text import table_text
-    from memfit.monitor.tables import Cell, Table
-    from memfit.units import gib
+    from memfit.monitor.catalog_text import gpus_text
 
     rows = api.gpus()
-    if as_json:
-        _print_json([dataclasses.asdict(row) for row in rows])
-        return
-    heads = ("name", "usable", "nominal", "compute", "bf16", "figure")
-    texts = [
-        (
-            row.name,
-            gib(row.capacity_bytes),
-            f"{row.nominal_gib} GiB",
-            row.compute_capability,
-            "yes" if row.has_bf16 else "no",
-            row.verified,
-        )
-        for row in rows
-    ]
-    table = Table("GPUs that --gpus knows", heads, tuple(tuple(map(Cell, row)) for row in texts))
-    print(f"{table_text(table)}\n\n--json names the source of every figure")
+    _print_json([dataclasses.asdict(row) for row in rows]) if as_json else print(gpus_text(rows))
 
 
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """The models that are known by name: a forecast of one needs no network."""
     from memfit import api
-    from memfit.monitor.report_text import table_text
-    from memfit.monitor.tables import Cell, Table
-    from memfit.units import count_text
+    from memfit.monitor.catalog_text import models_text
 
     rows = api.models()
-    if as_json:
-        _print_json([vars(row) for row in rows])
-        return
-    heads = ("name", "hub id", "parameters", "family", "facts")
-    texts = [(row.name, row.hub_id, count_text(row.parameters), row.family, row.verified) for row in rows]
-    table = Table("Models that --model knows by name", heads, tuple(tuple(map(Cell, row)) for row in texts))
-    print(
-        f"{table_text(table)}\n\nany other model: a hub id, a local folder, or a config.json; "
-        "--json names the source of every row"
-    )
+    _print_json([vars(row) for row in rows]) if as_json else print(models_text(rows))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -332,17 +329,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise
 
 
-class _Counter:
-    """Progress on stderr: how many are done, told now and then."""
+def _counter() -> Any:
+    from memfit.monitor.waiting import Counter
 
-    def __init__(self) -> None:
-        self._told = time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if done and now - self._told >= 5:
-            self._told = now
-            _say(f"{what}: {done:,}" + (f" of {total:,}" if total is not None else ""))
+    return Counter(_say)
 
 
 def _say(text: str) -> None:
@@ -381,6 +371,14 @@ def _print_difference(found: Any, as_json: bool) -> None:
         _print_json(found.to_json())
     else:
         print(difference_text(found))
+
+
+def _show_proof(path: Path, as_json: bool) -> None:
+    from memfit.inputs.run_folder import read_json
+    from memfit.monitor.proof_card import card
+
+    proof = read_json(path)
+    _print_json(proof) if as_json else print(card(proof))
 
 
 def _whole_command() -> str:

@@ -38,6 +38,17 @@ class DoesNotFit(MemfitError):
         self.refusals = tuple(refusals)
 
 
+class ProofFailed(MemfitError):
+    """Something asked for is not in effect, or takes more than forecast: the run does not start."""
+
+    exit_code = 4
+
+    def __init__(self, problem: str, hint: str) -> None:
+        super().__init__(f"{problem}\n\nhint: {hint}")
+        self.problem = problem
+        self.hint = hint
+
+
 class RunFailed(MemfitError):
     """A started run broke. What it had saved stays; the message says where."""
 

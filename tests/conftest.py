@@ -22,6 +22,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["MEMFIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def _unproved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that train for another reason begin without a proof, which costs several seconds a run.
+
+    Those marked `prove` have it. The read-back at the begin of every run stays.
+    """
+    if request.node.get_closest_marker("prove") is None and request.path.parent.name in ("unit", "invariant"):
+        monkeypatch.setattr("memfit.engine.launch.prove_job", lambda *given, **named: {"checks": [], "seconds": 0.0})
+
+
 @pytest.fixture(scope="session")
 def project() -> Path:
     """The root of the repository."""

@@ -56,7 +56,7 @@ SHOWN: dict[str, Shown] = {
     "full": Shown("tests/unit/test_train.py::test_what_was_saved_answers_as_what_was_trained", ALL),
     "lora": Shown("tests/unit/test_train.py::test_adapters_that_were_saved_answer_as_what_was_trained", ALL),
     "parts": Shown("tests/unit/test_supported.py::test_each_part_learns_alone", ALL),
-    "qlora": Shown("tests/unit/test_supported.py::test_four_bits_are_forecast", ALL),
+    "qlora": Shown("tests/unit/test_qlora.py::test_live_bytes_are_the_ledgers", ALL),
     "zero3": Shown("tests/invariant/test_supported.py::test_zero3_learns_what_one_process_learns", ALL),
     "fsdp": Shown("tests/invariant/test_supported.py::test_fsdp_learns_what_one_process_learns", ALL),
     "image": Shown("tests/unit/test_supported.py::test_an_image_budget_holds", SEEING),

@@ -106,10 +106,6 @@ def shown(column: str, row: ModelRow, yes: str = "yes") -> str:
     return yes if DUMMY_OF.get(row.name) in SHOWN[column].kinds else "untested"
 
 
-def four_bits(row: ModelRow) -> str:
-    return "untested" if runs(pinned("qlora", "none", "1xcpu")) else shown("qlora", row, ONLY_FORECAST)
-
-
 def parts(row: ModelRow) -> str:
     if family_for(row.config).forecast_only:
         return ONLY_FORECAST
@@ -140,7 +136,7 @@ def what_runs() -> str:
             row.name,
             shown("full", row),
             shown("lora", row),
-            four_bits(row),
+            shown("qlora", row),
             parts(row),
             *(shown(engine, row, "CPU ranks") for engine in ("zero3", "fsdp")),
             knobs(row),
@@ -189,7 +185,9 @@ catalogue and the families; do not edit. `memfit models` prints the catalogue.
   there is none, "forecast" that `memfit estimate` answers and training is refused. Real checkpoints of these sizes were
   not at hand.
 {tests}
-- **Engines**: {engines}. On several GPUs: {on_gpus}.
+- **QLoRA** needs the package bitsandbytes, and runs on one GPU or CPU process and under ddp; its test is skipped
+  without the package.
+- **Engines**: {engines}. On several GPUs, which none of ours has confirmed yet: {on_gpus}.
 - **Parts** are `frozen`, `lora` or `full` each on its own, the connector (resampler, merger, projector) too:
   `parts.connector`, `levers.checkpointing: {{connector: full}}`. Adapters outside the language part need
   `lora.targets: all-linear` or names.

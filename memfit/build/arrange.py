@@ -17,6 +17,7 @@ from memfit.build.checkpointing import checkpointing_modes, set_checkpointing
 from memfit.build.everywhere import GATHERS, PICTURE_PARTS, merge_at_once, show_grey_picture
 from memfit.build.freeze import DTYPES, set_dtypes, set_learning
 from memfit.build.loss import FusedKernel, Loss, liger_kernel, put_head_off
+from memfit.build.quantise import upcast_the_rest
 from memfit.catalog.precisions import PRECISIONS, precision_under
 from memfit.errors import UserError
 from memfit.families.base import Family
@@ -41,11 +42,12 @@ class Arranged:
 @dataclass(frozen=True)
 class Options:
     """`load` fills weights in once the adapters are there. With `generates` the head always gives logits, for
-    evaluation. `kernel` fetches the fused loss."""
+    evaluation. `kernel` fetches the fused loss. `pack` puts weights into 4 bit, before adapters go beside them."""
 
     load: Callable[[nn.Module], None] | None = None
     generates: bool = False
     kernel: Callable[[], FusedKernel] = liger_kernel
+    pack: Callable[[nn.Module], None] | None = None
 
 
 def arrange(
@@ -63,6 +65,8 @@ def arrange(
     loss = put_head_off(model, lever, autocast_dtype(recipe), options.kernel)
     if recipe.levers.parallel == "zero3":
         merge_at_once(model)
+    if options.pack is not None:
+        options.pack(model)
     if parts.lora_modules:
         # Seeded here: how much chance loading has used up before differs between layouts.
         with torch.random.fork_rng(devices=[]):
@@ -77,6 +81,8 @@ def arrange(
     precision = precision_under(str(recipe.levers.precision), str(recipe.levers.parallel))
     idle = {name for name, _ in model.named_parameters() if base_name(name) in parts.idle}
     set_dtypes(model, precision.learning, precision.frozen, keep=is_adapter, idle=idle)
+    if options.pack is not None and recipe.lora.kbit_upcast:
+        upcast_the_rest(model)
     offload = recipe.levers.activation_offload is True
     checkpointed = set_checkpointing(model, part_finder(family), checkpointing_modes(recipe), offload)
     return Arranged(model, loss, checkpointed)

@@ -13,12 +13,13 @@ from torch import nn
 from memfit.build.adapters import PeftModel, load_adapters
 from memfit.build.arrange import Options, arrange, autocast_dtype, part_finder
 from memfit.build.data import Collator, refuse_packing
-from memfit.build.device import device_for, waits_for_engine
+from memfit.build.device import device_for, place_buffers, waits_for_engine
 from memfit.build.freeze import DTYPES, trainable_by_part
 from memfit.build.load import empty_model, load_tensors, loaded_model
 from memfit.build.loss import Loss
 from memfit.build.pixels import PixelReader
-from memfit.build.shell import fill_shell, is_shell, where_made
+from memfit.build.quantise import pack_weights, packing_of
+from memfit.build.shell import fill_shell, in_turn, is_shell, where_made
 from memfit.build.supported import refuse_what_is_not_built
 from memfit.errors import UserError
 from memfit.families.base import Family
@@ -83,22 +84,30 @@ def build(plan: Plan, materials: Materials, trained: Path | None = None) -> Buil
     device = device_for(plan.forecast.hardware)
     whole = trained is not None and not (trained / ADAPTER_WEIGHTS).exists()
     folder = trained if trained is not None and whole else source.folder
-    if is_shell(recipe):
-        model = empty_model(family, source.config, _attention(recipe))
-    else:
-        model = loaded_model(family, folder, source.config, _attention(recipe))
-    saved_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     parts = resolve_parts(recipe, family, materials.profile)
     load = functools.partial(_load_trained, trained=trained, whole=whole) if trained is not None else None
-    with where_made(recipe):
-        arranged = arrange(model, recipe, parts, family, Options(load=load, generates=trained is not None))
-    fill_shell(arranged.model, recipe)
-    model, part_of = arranged.model, part_finder(family)
+    packing = packing_of(recipe, parts, device)
+    pack = functools.partial(pack_weights, packing=packing) if packing is not None else None
+    with in_turn(recipe, plan.forecast.hardware.gpus_per_node):
+        if is_shell(recipe):
+            model = empty_model(family, source.config, _attention(recipe))
+        else:
+            model = loaded_model(family, folder, source.config, _attention(recipe))
+        saved_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        with where_made(recipe):
+            options = Options(load=load, generates=trained is not None, pack=pack)
+            arranged = arrange(model, recipe, parts, family, options)
+        fill_shell(arranged.model, recipe, device)
+        model, part_of = arranged.model, part_finder(family)
+        if waits_for_engine(recipe):
+            place_buffers(model, device)
+        else:
+            model.to(device)
     encoder = Encoder(source, recipe.image)
     extra = family.forward_kwargs(source.config, encoder.processor_settings) if family.forward_kwargs else {}
     pixels = PixelReader(family, encoder.processor_settings) if family.images else None
     return Built(
-        model=model if waits_for_engine(recipe) else model.to(device),
+        model=model,
         family=family,
         encoder=encoder,
         pixels=pixels,

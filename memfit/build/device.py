@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from memfit.errors import UserError
 from memfit.inputs import machine
+from memfit.inputs.processes import rank_facts
 from memfit.specs.hardware import Hardware
 from memfit.specs.recipe import Recipe
 
@@ -51,7 +52,25 @@ def device_for(hardware: Hardware) -> torch.device:
             "run this on the machine with the GPUs; memfit estimate forecasts for hardware that is not here; "
             "--gpus 1xcpu trains on the CPU",
         )
-    return torch.device("cuda", torch.cuda.current_device())  # the rank's own, set when it joined; 0 alone
+    there = torch.cuda.device_count()
+    if there < hardware.gpus_per_node:
+        raise UserError(
+            f"hardware is {hardware.text}, and torch sees {there} GPU{'s' * (there != 1)} on this machine",
+            f"--gpus {there}x and the GPU's name, or see CUDA_VISIBLE_DEVICES and memfit doctor",
+        )
+    # Asking torch which one is current would start CUDA, which takes memory of the first GPU: the command that starts
+    # the ranks asks too, and stays beside them.
+    index = torch.cuda.current_device() if torch.cuda.is_initialized() else rank_facts().local_rank
+    return torch.device("cuda", index)
+
+
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers alone. zero.Init places parameters, and what torch makes inside it; a buffer that was made from
+    numpy stays in host memory (deepspeed.runtime.engine:DeepSpeedEngine._configure_distributed_model moves none)."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device != device:
+                module._buffers[name] = buffer.to(device)
 
 
 def waits_for_engine(recipe: Recipe) -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping
 
+from memfit.catalog.methods import METHODS
 from memfit.catalog.optimizers import OPTIMIZERS
 from memfit.errors import UserError
 from memfit.specs.recipe import Recipe
-
-_SEVERAL = "this version of memfit trains on one GPU or on several CPU ranks; parallel {} on GPUs is forecast only"
 
 
 def refuse_what_is_not_built(recipe: Recipe) -> None:
@@ -26,13 +25,27 @@ def refuse_what_is_not_built(recipe: Recipe) -> None:
             "levers.loss: fused needs the package liger-kernel, which is not installed",
             "pip install liger-kernel, or levers.loss: chunked, which keeps no logits either",
         )
+    _refuse_missing_package(recipe)
     found = list(_not_built(recipe))
     if not found:
         return
-    if found == [_SEVERAL.format(recipe.levers.parallel)]:
-        raise UserError(found[0], "train on one for now: --gpus 1x and the GPU's name, or --gpus 1xcpu")
     lines = found[0] if len(found) == 1 else f"{len(found)} levers:" + "".join(f"\n  {line}" for line in found)
     raise UserError(f"this version of memfit forecasts but does not yet run {lines}", "set these to auto to train now")
+
+
+def _refuse_missing_package(recipe: Recipe) -> None:
+    """UserError where method or optimizer need a package that is not installed."""
+    method, optimizer = METHODS[recipe.method], OPTIMIZERS[recipe.levers.optimizer]
+    wanted = (
+        (f"method: {method.name}", method.package, "method: lora"),
+        (f"levers.optimizer: {optimizer.name}", optimizer.package, "levers.optimizer: adamw"),
+    )
+    for what, package, instead in wanted:
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{what} needs the package {package}, which is not installed",
+                f"pip install 'memfit[qlora]', or {instead}",
+            )
 
 
 def _refuse_flash(recipe: Recipe) -> None:
@@ -52,35 +65,30 @@ def _refuse_flash(recipe: Recipe) -> None:
 def _not_built(recipe: Recipe) -> Iterator[str]:
     levers = recipe.levers
     runs: Mapping[str, tuple[object, ...]] = {
-        "method": ("full", "lora"),
+        "method": tuple(name for name, row in METHODS.items() if row.runs_today),
         "levers.loss": ("full-logits", "chunked", "fused"),
         "levers.attention": ("eager", "sdpa", "flash"),
         "levers.linear_attention": ("auto", "reference", "fla"),
         "levers.offload": ("none", "optimizer", "params+optimizer"),
         "levers.offload_to": ("auto", "host"),
         "levers.activation_offload": ("auto", True, False),
-        "levers.allocator": ("auto", "default"),
         "run.on_oom": ("stop",),
-        "goal": ("fast",),
     }
     for key, allowed in runs.items():
         section, _, name = key.rpartition(".")
         value = getattr(getattr(recipe, section) if section else recipe, name)
         if value not in allowed:
             yield f"{key}={value} (runs: {', '.join(str(item) for item in allowed if item != 'auto')})"
-    if levers.parallel != "none" and not _on_cpu(recipe):
-        yield _SEVERAL.format(levers.parallel)
     if not OPTIMIZERS[levers.optimizer].runs_today:
         able = ", ".join(name for name, row in OPTIMIZERS.items() if row.runs_today)
         yield f"levers.optimizer={levers.optimizer} (runs: {able})"
     if recipe.lora.modules_to_save:
         yield "lora.modules_to_save (use parts: full copies cost memory that training a part itself does not)"
+    method = METHODS[recipe.method]
+    if levers.parallel not in method.runs_on:
+        able = ", ".join(sorted(method.runs_on))
+        yield f"method={recipe.method} with levers.parallel={levers.parallel} (runs: {able})"
     if recipe.engine and levers.parallel == "none":
         yield f"engine.{next(iter(recipe.engine))} (there is no engine configuration under parallel none)"
     if recipe.engine.get("fsdp", {}).get("reshard_root"):
         yield "engine.fsdp.reshard_root (accelerate.utils.fsdp_utils:fsdp2_prepare_model leaves the root gathered)"
-
-
-def _on_cpu(recipe: Recipe) -> bool:
-    """Whether an effective recipe's hardware are CPU ranks."""
-    return recipe.hardware != "auto" and recipe.hardware.gpus.lower().endswith("xcpu")

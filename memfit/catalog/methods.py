@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memfit.catalog.precisions import ALONE, FSDP, ZERO
+
 
 @dataclass(frozen=True)
 class QuantRow:
@@ -50,7 +52,8 @@ class MethodRow:
     """`parts` gives the default of each part, `other` that of the parts it does not name.
 
     `quantised_part`: its Linear weights are stored as `quant` says, output heads and embeddings excepted.
-    `runs_today`: `memfit train` can run it, not only forecast it.
+    `runs_today`: `memfit train` can run it, not only forecast it; `runs_on`: under which `levers.parallel`; `package`:
+    what it needs beside memfit's own.
     """
 
     name: str
@@ -62,6 +65,8 @@ class MethodRow:
     needs_gpu: bool
     runs_today: bool
     source: str
+    runs_on: frozenset[str] = ALONE | ZERO | FSDP
+    package: str = ""
 
 
 METHODS: dict[str, MethodRow] = {
@@ -97,9 +102,14 @@ METHODS: dict[str, MethodRow] = {
             # transformers.BitsAndBytesConfig leaves bnb_4bit_use_double_quant off; the recipe has no key for it.
             quant=NF4,
             quantised_part="language",
-            needs_gpu=True,
-            runs_today=False,
+            needs_gpu=False,
+            runs_today=True,
             source="Dettmers et al. 2023 (arXiv 2305.14314); transformers.BitsAndBytesConfig(load_in_4bit=True)",
+            # DeepSpeed flattens or splits parameters that are no floating-point numbers under none of its stages in a
+            # way that bitsandbytes reads; FSDP2 leaves packed weights whole on every rank, against the forecast
+            # (accelerate.utils.fsdp_utils:fsdp2_prepare_model).
+            runs_on=ALONE,
+            package="bitsandbytes",
         ),
     )
 }

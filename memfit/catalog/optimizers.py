@@ -31,7 +31,8 @@ class OptimizerRow:
     `states` names the rule in `STATE_RULES` that turns a tensor into bytes; `moments` is its number of state tensors.
     `scalars`: fp32 scalars a tensor, on the GPU or (`scalars_on_host`) in host memory.
     `step_temporary`: "none", "state-copy" (one more copy of a moment of everything, during the step) or "unknown".
-    `engine_name` is transformers' name for `TrainingArguments.optim`; `runs_today`: `memfit train` can run it.
+    `engine_name` is transformers' name for `TrainingArguments.optim`; `runs_today`: `memfit train` can run it;
+    `package`: what it needs beside memfit's own.
     """
 
     name: str
@@ -47,6 +48,7 @@ class OptimizerRow:
     engine_name: str
     runs_today: bool
     source: str
+    package: str = ""
 
 
 def _like_parameter(row: OptimizerRow, shape: Sequence[int], width: int, kind: str) -> int:
@@ -124,8 +126,9 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
             runs_on=ALONE,
             needs_gpu=True,
             engine_name="adamw_8bit",
-            runs_today=False,
+            runs_today=True,
             source="bitsandbytes.optim:AdamW8bit; transformers.trainer keeps embeddings at 32 bit",
+            package="bitsandbytes",
         ),
         OptimizerRow(
             name="paged-adamw-8bit",
@@ -139,7 +142,8 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
             runs_on=ALONE,
             needs_gpu=True,
             engine_name="paged_adamw_8bit",
-            runs_today=False,
+            runs_today=True,
+            package="bitsandbytes",
             source="bitsandbytes.optim:PagedAdamW8bit: cudaMallocManaged, outside torch's allocator, evictable to host",
         ),
         OptimizerRow(

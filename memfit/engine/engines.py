@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, check_cuda_p2p_ib_support
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
@@ -15,9 +16,15 @@ from memfit.build.checkpointing import wrapped_layers
 from memfit.build.freeze import DTYPES
 from memfit.catalog.precisions import PRECISIONS, ZERO
 from memfit.errors import UserError
+from memfit.inputs.processes import prepare_allocator, without_peer_access
 from memfit.specs.plan import Plan
 from memfit.strategies import STRATEGIES
 
+NOT_MEASURED = (
+    "{} on GPUs follows the sources of torch, accelerate and DeepSpeed, and was measured on CPU ranks: no GPU has "
+    "confirmed it yet; the proof before a run checks each lever on this machine"
+)
+NARROW = "bf16_optimizer_states"  # of DeepSpeed's section bf16
 # Keys of the FSDP2 section that TrainingArguments.fsdp_config takes; the others go to accelerate's plugin by hand.
 _FSDP_ARGUMENTS = (
     "version",
@@ -50,7 +57,10 @@ class Engine:
         }
         if self.is_deepspeed:
             given |= {
-                "deepspeed": dict(self.config),
+                # memfit makes the optimizer of the host itself (`host_adam`); told otherwise, accelerate would replace
+                # it by one that keeps fp32 moments whatever the configuration says
+                # (accelerate.utils.deepspeed:map_pytorch_optim_to_deepspeed).
+                "deepspeed": {**self.config, "zero_force_ds_cpu_optimizer": False},
                 "bf16": precision.learning == "bfloat16",
                 "fp16": precision.learning == "float16",
             }
@@ -98,8 +108,9 @@ def engine_of(plan: Plan) -> Engine:
     """The engine of a plan, its needs met. Raises UserError for a package that is not installed."""
     name = str(plan.recipe.levers.parallel)
     config = STRATEGIES[name].engine_config(plan)
+    notes = _on_gpu(plan) if plan.forecast.hardware.gpu is not None else ()
     if name not in ZERO:
-        return Engine(name, config)
+        return Engine(name, config, notes)
     try:
         import deepspeed
     except ImportError as error:
@@ -111,13 +122,40 @@ def engine_of(plan: Plan) -> Engine:
         dist_backend="gloo" if plan.forecast.hardware.gpu is None else "nccl", auto_mpi_discovery=False
     )
     if not config["zero_force_ds_cpu_optimizer"]:
-        return Engine(name, config)
+        return Engine(name, config, notes)
     problem = cpu_adam_problem()
     if problem is None:
         nearest = "pure-bf16: DeepSpeed's CPU Adam rounds to nearest, which loses small steps; bf16-mixed keeps them"
-        return Engine(name, config, (nearest,) if plan.recipe.levers.precision == "pure-bf16" else ())
+        return Engine(name, config, (*notes, nearest) if plan.recipe.levers.precision == "pure-bf16" else notes)
+    if config["bf16"][NARROW]:
+        # deepspeed.runtime.base_optimizer:_configure_master_weights takes no other optimizer then.
+        raise UserError(
+            f"levers.precision: pure-bf16 with offload needs DeepSpeed's CPU Adam, which cannot be built: {problem}",
+            "levers.precision: bf16-mixed, whose fp32 weights torch's AdamW steps on the host; or see memfit doctor",
+        )
     note = f"DeepSpeed's CPU Adam cannot be built here ({problem}): torch's AdamW steps in host memory, more slowly"
-    return Engine(name, {**config, "zero_force_ds_cpu_optimizer": False}, (note,))
+    return Engine(name, {**config, "zero_force_ds_cpu_optimizer": False}, (*notes, note))
+
+
+def _on_gpu(plan: Plan) -> tuple[str, ...]:
+    """What must be set before CUDA and NCCL start, and what is said of engines on GPUs."""
+    setting = prepare_allocator(plan.recipe.levers.allocator == "expandable")
+    if setting:
+        # The environment acts where CUDA starts later, this call where it has started.
+        torch._C._accelerator_setAllocatorSettings(setting)
+    if not check_cuda_p2p_ib_support():
+        # accelerate.state:PartialState refuses such cards without these settings, also one of them alone.
+        without_peer_access()
+    name = str(plan.recipe.levers.parallel)
+    return () if name == "none" else (NOT_MEASURED.format(name),)
+
+
+def host_adam(groups: list[dict[str, Any]], values: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """DeepSpeed's CPU Adam with the values of an AdamW. Its moments are in 16 bit where the configuration says so."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    own = {name: values[name] for name in ("lr", "betas", "eps")}
+    return DeepSpeedCPUAdam(groups, **own, adamw_mode=True, fp32_optimizer_states=not config["bf16"][NARROW])
 
 
 def cpu_adam_problem() -> str | None:

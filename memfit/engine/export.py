@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from memfit.build.adapters import ADAPTER_DTYPES, add_adapters, load_adapters, m
 from memfit.build.build import ADAPTER_WEIGHTS, TRAINED_PARTS
 from memfit.build.freeze import DTYPES
 from memfit.build.load import load_tensors, loaded_model
+from memfit.build.quantise import packing_of, round_trip
 from memfit.engine.save import save_weights
 from memfit.errors import UserError
 from memfit.families.names import base_name
@@ -77,12 +79,20 @@ def export(request: ExportRequest, say: Say = lambda text: None) -> ExportResult
     part.mkdir(parents=True)
     try:
         notes = EXPORTS[request.to](trained, part, say)
-        if out.is_dir():
-            out.rmdir()
-        part.rename(out)
+        _move_in(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return ExportResult(out, request.to, _size(out), tuple(notes))
+
+
+def _move_in(part: Path, out: Path) -> None:
+    """What was written becomes `out`. A folder that is there already, empty, stays the user's own: with its rights, and
+    where it is mounted."""
+    if not out.is_dir():
+        part.rename(out)
+        return
+    for file in sorted(part.iterdir()):
+        shutil.move(file, out / file.name)
 
 
 def _merged(trained: _Trained, out: Path, say: Say) -> list[str]:
@@ -93,6 +103,10 @@ def _merged(trained: _Trained, out: Path, say: Say) -> list[str]:
         return []
     say(f"adding the adapters to {trained.source.name} ({gib(trained.source.weight_bytes)})")
     model, dtype = _base(trained)
+    packing = packing_of(trained.recipe, trained.parts, torch.device("cpu"))
+    if packing is not None:
+        # What 4 bit lost, the adapters have learned to live without: they belong to the weights that were packed.
+        round_trip(model, packing)
     adapted = _with_adapters(trained, model)
     tied = _tied_targets(adapted)
     if tied:
@@ -105,7 +119,10 @@ def _merged(trained: _Trained, out: Path, say: Say) -> list[str]:
         raise UserError(f"{trained.folder}: {error}", "export an earlier checkpoint of the run") from error
     save_weights(whole, out, _folder(trained.source), dtype)
     width = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    return [f"weights are {width}, as the model's own"]
+    notes = [f"weights are {width}, as the model's own"]
+    if packing is not None:
+        notes.append(f"{len(packing.names):,} of them have the values that 4 bit left, with which the adapters learned")
+    return notes
 
 
 def _adapter(trained: _Trained, out: Path, say: Say) -> list[str]:
@@ -157,10 +174,21 @@ def _find(path: Path) -> tuple[RunFolder, Path]:
 def _read(run: RunFolder, weights: Path) -> _Trained:
     if not any(weights.glob("*.safetensors")):
         raise UserError(f"{weights} holds no safetensors", "give a run folder, or a checkpoint folder in one")
-    recipe = recipe_from(read_json(run.plan)["recipe"], str(run.plan))
+    recipe = _from_where_it_ran(recipe_from(read_json(run.plan)["recipe"], str(run.plan)), run)
     found = prepare(recipe)
     parts = resolve_parts(recipe, found.family, found.profile)
     return _Trained(weights, recipe, require_weights(found.source), found.family, parts)
+
+
+def _from_where_it_ran(recipe: Recipe, run: RunFolder) -> Recipe:
+    """A model named by a relative path is looked for where the run was started, unless there is one here."""
+    if Path(recipe.model).is_absolute() or Path(recipe.model).exists() or not run.log.is_file():
+        return recipe
+    for line in run.log.read_text(encoding="utf-8").splitlines():
+        if '"event": "start"' in line or '"event":"start"' in line:
+            there = Path(str(json.loads(line).get("working_folder") or "")) / recipe.model
+            return dataclasses.replace(recipe, model=str(there)) if there.exists() else recipe
+    return recipe
 
 
 def _refuse_small_disk(trained: _Trained, to: str, out: Path) -> None:

@@ -24,9 +24,10 @@ def whole_state(
 ) -> dict[str, torch.Tensor]:
     """The named weights and buffers, whole, on the first rank; an empty mapping on the others. All ranks must call.
 
-    `wanted` chooses by name; `dtype` casts floating tensors as they come. Where nothing is split the tensors are the
-    model's own, not copies. Tied weights stay one tensor. Where shards are in host memory the whole would be a second
-    model there: it is gathered into files of `folder` that the kernel may drop from memory, and that go with it.
+    `wanted` chooses by name; `dtype` casts floating tensors as they come. Where nothing is split and the model is in
+    host memory the tensors are the model's own, not copies. Tied weights stay one tensor. Where shards are in host
+    memory the whole would be a second model there: it is gathered into files of `folder` that the kernel may drop from
+    memory, and that go with it.
     """
     seen: dict[int, torch.Tensor | None] = {}  # on every rank: a tied tensor that one rank gathers twice is a hang
     state = {}
@@ -59,7 +60,8 @@ def _whole(tensor: torch.Tensor, dtype: torch.dtype | None, folder: Path | None)
         return _kept(gathered, dtype, folder if on_host else None) if is_first() else None
     if hasattr(tensor, "ds_id"):
         return _whole_of_zero3(tensor, dtype, folder)
-    return tensor.detach().to(dtype or tensor.dtype) if is_first() else None
+    # In host memory, where it is written from: a GPU has no room for a second model.
+    return tensor.detach().to("cpu", dtype or tensor.dtype) if is_first() else None
 
 
 def _whole_of_zero3(parameter: Any, dtype: torch.dtype | None, folder: Path | None) -> torch.Tensor | None:

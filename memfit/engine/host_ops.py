@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from memfit.catalog.precisions import ZERO
 from memfit.errors import UserError
-from memfit.inputs.toolchain import CPU_ADAM, SHARED_MEMORY, Toolchain, find_toolchain
+from memfit.inputs.toolchain import CPU_ADAM, SHARED_MEMORY, Toolchain, find_toolchain, is_live
 from memfit.specs.plan import Plan
 from memfit.strategies import STRATEGIES
 
@@ -50,9 +50,13 @@ def prepare_operators(plan: Plan, say: Say) -> tuple[str, ...]:
     if not missing:
         return ()
     if tools.locks:
+        lock = tools.locks[0]
+        if is_live(lock):
+            raise UserError(f"{lock.parent} is being compiled by another run", "start this one when that is done")
         raise UserError(
-            f"{tools.locks[0]} is locked: another run is compiling it, or one was killed while it did",
-            f"wait for that run; if there is none, every later one waits for ever: rm {tools.locks[0]}",
+            f"{lock} is there and nobody compiles behind it: a run was killed while it did, and every later one would "
+            "wait for ever",
+            f"rm {lock}",
         )
     built = []
     for operator in missing:
@@ -87,7 +91,13 @@ def build_operator(operator: str, cpu: bool) -> str | None:
 
 
 def _stand_in(plan: Plan, problem: str, tools: Toolchain, say: Say) -> None:
-    """Say that torch's AdamW stands in for CPU Adam, or stop where it would take memory that nobody priced."""
+    """Say that torch's AdamW stands in for CPU Adam, or stop where it would take memory that nobody priced, or where
+    DeepSpeed takes no other (deepspeed.runtime.base_optimizer:_configure_master_weights)."""
+    if plan.recipe.levers.precision == "pure-bf16":
+        raise UserError(
+            f"levers.precision: pure-bf16 with offload needs DeepSpeed's CPU Adam, which cannot be compiled: {problem}",
+            f"{tools.hint()}; or levers.precision: bf16-mixed, whose fp32 weights torch's AdamW steps on the host",
+        )
     if plan.recipe.levers.optimizer != "adamw":
         raise UserError(
             f"levers.offload needs DeepSpeed's CPU Adam, which cannot be compiled: {problem}",

@@ -6,7 +6,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,16 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from memfit.engine.proof import PROOF, prove
 from memfit.engine.stall import stalled
 from memfit.engine.train import Job, Trained, train
 from memfit.engine.worker import RESULT
-from memfit.errors import RunFailed, UserError
+from memfit.errors import ProofFailed, RunFailed, UserError
+from memfit.inputs.processes import prepare_allocator
 from memfit.inputs.run_folder import read_json
+from memfit.monitor.proof_card import card
+from memfit.monitor.proof_tables import failed_line
+from memfit.specs.proof import ProofKind
 
 SHOWN_LINES = 6  # of a traceback that nobody expected
 
@@ -32,16 +37,46 @@ def run_job(job: Job) -> Trained:
     recipe, hardware = job.plan.recipe, job.plan.forecast.hardware
     if recipe.levers.parallel == "none":
         return train(job)
-    if hardware.nodes > 1:
-        raise UserError(
-            f"{hardware.text} are {hardware.nodes} machines, and this one starts only its own processes",
-            f"start torchrun --nnodes {hardware.nodes} --nproc-per-node {hardware.gpus_per_node} -m "
-            f"memfit.engine.worker {job.folder.path} on each",
-        )
+    _refuse_other_machines(job)
+    prepare_allocator(recipe.levers.allocator == "expandable")  # the ranks inherit it before they import torch
     words = ["-m", "memfit.engine.worker", str(job.folder.path), *(["--pilot"] if job.pilot else [])]
     start(words, hardware.gpus_per_node, job.folder.path / "logs")
     found = read_json(job.folder.path / "logs" / RESULT)
     return Trained(**{**found, "folder": Path(found["folder"]), "model": Path(found["model"])})
+
+
+def prove_job(job: Job, kind: ProofKind, say: Callable[[str], None], quiet: bool = False) -> dict[str, Any]:
+    """Prove a job before it is run, where it would be: in this process, or in processes of its own.
+
+    `say` hears the card; with `quiet` only one that failed. Returns the values of proof.json, which the run folder has
+    in any case. Raises ProofFailed where something asked for is not in effect, else as `run_job`.
+    """
+    if job.plan.recipe.levers.parallel == "none":
+        prove(job, kind)
+    else:
+        _refuse_other_machines(job)
+        ranks = job.plan.forecast.hardware.gpus_per_node
+        words = ["-m", "memfit.engine.worker", str(job.folder.path), "--proof", kind]
+        start([*words, *(["--pilot"] if job.pilot else [])], ranks, job.folder.path / "logs")
+    found: dict[str, Any] = read_json(job.folder.path / PROOF)
+    failed = failed_line(found)
+    if failed is not None or not quiet:
+        say(card(found))
+    if failed is not None:
+        raise ProofFailed(f"{failed[0]}; the whole proof is in {job.folder.path / PROOF}", failed[1])
+    return found
+
+
+def _refuse_other_machines(job: Job) -> None:
+    """Processes are started on this machine only. The run folder holds all that the others need."""
+    hardware = job.plan.forecast.hardware
+    if hardware.nodes > 1:
+        raise UserError(
+            f"{hardware.text} are {hardware.nodes} machines, and each starts its own processes; {job.folder.path}, "
+            "which all must see, is ready",
+            f"on each: torchrun --nnodes {hardware.nodes} --nproc-per-node {hardware.gpus_per_node} --rdzv-backend "
+            f"c10d --rdzv-endpoint FIRST_MACHINE:29500 -m memfit.engine.worker {job.folder.path} (docs/nodes.md)",
+        )
 
 
 def start(words: Sequence[str], ranks: int, logs: Path) -> None:
@@ -92,8 +127,8 @@ def explained(logs: Path, error: ChildFailedError) -> Exception:
         )
     first = told[0]
     if first["known"]:
-        kind = UserError if first["kind"] == "UserError" else RunFailed
-        return kind(first["problem"], first["hint"])
+        kinds = {"UserError": UserError, "ProofFailed": ProofFailed}
+        return kinds.get(first["kind"], RunFailed)(first["problem"], first["hint"])
     last = "".join(first["traceback"]).rstrip().splitlines()[-SHOWN_LINES:]
     return RunFailed(
         f"rank {first['rank']} failed: {first['problem']}\n" + "\n".join(f"  {line}" for line in last),

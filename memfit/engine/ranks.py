@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import distributed
@@ -41,8 +42,17 @@ def wait_for_all() -> None:
 
 def summed(values: Sequence[int], device: torch.device) -> list[int]:
     """Each number summed over the ranks."""
+    return _reduced(values, device, distributed.ReduceOp.SUM)
+
+
+def largest(values: Sequence[int], device: torch.device) -> list[int]:
+    """Of each number the largest over the ranks."""
+    return _reduced(values, device, distributed.ReduceOp.MAX)
+
+
+def _reduced(values: Sequence[int], device: torch.device, how: Any) -> list[int]:
     if count() == 1:
         return list(values)
     total = torch.tensor(list(values), dtype=torch.int64, device=device)
-    distributed.all_reduce(total)
-    return [int(value) for value in total]
+    distributed.all_reduce(total, how)
+    return total.tolist()

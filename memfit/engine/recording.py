@@ -11,7 +11,7 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from memfit.engine.ranks import is_first, summed
+from memfit.engine.ranks import is_first, largest, summed
 from memfit.engine.run_log import RunLog
 from memfit.engine.trainer import StepCounts
 from memfit.errors import RunFailed
@@ -39,19 +39,23 @@ class Recorder(TrainerCallback):
     ) -> None:
         # The step's batches are loaded before this call: waiting for them shows apart, as `wait_seconds`.
         self._began = time.perf_counter()
-        if torch.cuda.is_available():
+        if _on_gpu(args):
             torch.cuda.reset_peak_memory_stats()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        on_gpu = _on_gpu(args)
+        if on_gpu:
+            torch.cuda.synchronize()  # the GPU runs behind: without this its work would count as waiting for batches
         waited, self._ended = self._began - self._ended, time.perf_counter()
         seconds = self._ended - self._began
         self.step_seconds.append(seconds + waited)
         optimizer = kwargs["optimizer"]
-        rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
-        on_gpu = torch.cuda.is_available() and not args.use_cpu
+        rates = {part: group["lr"] for group in optimizer.param_groups for part in group["parts"]}
         counts = self._counts
         own = (counts.tokens, counts.padded_tokens, counts.trained_tokens)
         tokens, padded_tokens, trained_tokens = summed(own, args.device)
+        # Of the fullest rank, as a forecast is.
+        peak, reserved = largest(_memory(), args.device) if on_gpu else (None, None)
         self._row = {
             "step": state.global_step,
             "epoch": round(state.epoch or 0.0, 4),
@@ -61,8 +65,8 @@ class Recorder(TrainerCallback):
             "trained_tokens": trained_tokens,
             "seconds": round(seconds, 4),
             "wait_seconds": round(waited, 4),
-            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
+            "peak_bytes": peak,
+            "reserved_bytes": reserved,
             "rss_bytes": self._process.memory_info().rss,
         }
         counts.tokens = counts.padded_tokens = counts.trained_tokens = counts.micro_batches = 0
@@ -113,14 +117,23 @@ class Progress:
             return
         self._last = now
         left = (now - self._began) / row["step"] * (total - row["step"])
+        ends = f"{duration(left)} left" if left else "done"
         memory = row["peak_bytes"] if row["peak_bytes"] is not None else row["rss_bytes"]
         self.say(
             f"step {row['step']}/{total}  loss {row['loss']:.4f}  {row['seconds']:.2f} s/step  "
-            f"{duration(left)} left  {gib(memory)}{'' if row['peak_bytes'] is not None else ' in process'}"
+            f"{ends}  {gib(memory)}{'' if row['peak_bytes'] is not None else ' in process'}"
         )
 
     def say(self, text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def _on_gpu(args: TrainingArguments) -> bool:
+    return torch.cuda.is_available() and not args.use_cpu
+
+
+def _memory() -> tuple[int, int]:
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
 def _number(value: Any) -> float | None:

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from memfit.catalog.optimizers import CHANCE_CHUNK
+from memfit.catalog.optimizers import CHANCE_CHUNK, rounds_by_chance
+from memfit.specs.recipe import Recipe
 
 DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 _LOW_BITS = 16  # of fp32 that bf16 has not
@@ -90,6 +92,18 @@ def put(target: torch.Tensor, value: torch.Tensor, bits: torch.Generator) -> Non
         raw.add_(torch.randint(1 << _LOW_BITS, raw.shape, generator=bits, device=raw.device, dtype=torch.int32))
         raw.bitwise_and_(-(1 << _LOW_BITS))
     target.copy_(value)
+
+
+def lost_steps(recipe: Recipe, model: nn.Module) -> tuple[str, ...]:
+    """A note for optimizers that round bf16 weights to nearest, where such weights learn."""
+    name = recipe.levers.optimizer
+    narrow = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16)
+    if recipe.levers.precision != "pure-bf16" or rounds_by_chance(name, "pure-bf16") or not narrow:
+        return ()
+    return (
+        f"pure-bf16: {name} rounds {narrow:,} weights to nearest, which loses steps below 1/512 of a weight; "
+        "levers.optimizer: adamw rounds by chance",
+    )
 
 
 def local(tensor: Any) -> torch.Tensor:

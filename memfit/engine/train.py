@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 import sys
@@ -12,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import TrainingArguments, set_seed
 
 from memfit.build.build import Built, Materials, build
 from memfit.build.data import SampleDataset
 from memfit.build.freeze import whole_numel
 from memfit.catalog.optimizers import OPTIMIZERS, rounds_by_chance
+from memfit.engine.again import ReadAgain
 from memfit.engine.engines import Engine, engine_of
 from memfit.engine.gather import is_split
+from memfit.engine.learned import learning_facts
 from memfit.engine.ranks import PATIENCE, count, is_first, rank
+from memfit.engine.readback.live import Facts, live_of
 from memfit.engine.recording import Recorder
 from memfit.engine.run_log import RunLog
 from memfit.engine.sampling import FilledDataset
@@ -33,14 +38,17 @@ from memfit.engine.save import (
     saved_state,
 )
 from memfit.engine.stall import STALLED, Patience
+from memfit.engine.stochastic import lost_steps
 from memfit.engine.trainer import Hooks, MemfitTrainer, PartRates
-from memfit.errors import RunFailed, UserError
+from memfit.errors import MemfitError, RunFailed, UserError
 from memfit.inputs.cache import cache_folder
 from memfit.inputs.data.images import open_image
 from memfit.inputs.run_folder import RunFolder, free_bytes, write_json
+from memfit.planner.worst import Chosen
 from memfit.specs.plan import Plan
 from memfit.specs.recipe import Recipe
 from memfit.specs.sample import Sample
+from memfit.specs.workload import SampleCost
 from memfit.units import gib
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -52,7 +60,9 @@ PILOT_STEPS = (10, 200)  # at least and at most
 class Job:
     """What one training run takes: the plan, the data, where to write.
 
-    `most_pixels`: those of the largest picture that the plan's host memory counts with; None for no check.
+    `most_pixels`: those of the largest picture that the plan's host memory counts with; None for no check. The costs
+    are those of `train` and `evaluate`, sample by sample. `worst`: the micro-batches that a proof runs, first the one
+    that the plan forecasts. `order`: how samples are drawn, None for the recipe's seed.
     """
 
     plan: Plan
@@ -62,6 +72,10 @@ class Job:
     folder: RunFolder
     pilot: bool = False
     most_pixels: int | None = None
+    train_costs: tuple[SampleCost, ...] = ()
+    eval_costs: tuple[SampleCost, ...] = ()
+    worst: tuple[Chosen, ...] = ()
+    order: Sampler[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,12 +129,18 @@ def train(job: Job) -> Trained:
         warnings.simplefilter("ignore")  # upstream's deprecations are not the user's
         arguments = _arguments(job, steps, engine)
     built = build(job.plan, job.materials)
+    engine = dataclasses.replace(engine, notes=(*engine.notes, *lost_steps(job.plan.recipe, built.model)))
+    split = is_split(built.model)
     log = RunLog(job.folder.log if is_first() else job.folder.path / "logs" / f"rank-{rank()}.jsonl")
     if is_first():
         _refuse_small_disk(job, built)
         write_json(job.folder.path / "engine.json", {"name": engine.name, "config": dict(engine.config)})
     trainer, recorder = _trainer(job, built, arguments, engine, log)
-    log.write("start", **_start_facts(job, built, steps), engine=engine.name, ranks=count(), notes=list(engine.notes))
+    facts = Facts(steps.total, len(job.train), len(job.evaluate), engine.notes)
+    trainer.add_callback(ReadAgain(functools.partial(live_of, trainer, built, split_at_load=split), job.plan, facts))
+    learned = learning_facts(job.plan, built, trainer.get_decay_parameter_names(built.model), arguments)
+    said = _start_facts(job, built, steps) | {"learning": learned}
+    log.write("start", **said, engine=engine.name, ranks=count(), notes=list(engine.notes))
     try:
         outcome = trainer.train()
     except KeyboardInterrupt:
@@ -166,12 +186,13 @@ def _trainer(
     job: Job, built: Built, arguments: TrainingArguments, engine: Engine, log: RunLog
 ) -> tuple[MemfitTrainer, Recorder]:
     recipe, total = job.plan.recipe, arguments.max_steps
-    rates = PartRates(learning_rates(recipe, sorted(built.trainable)), built.part_of)
+    together = not isinstance(recipe.schedule.learning_rate, Mapping)
+    rates = PartRates(learning_rates(recipe, sorted(built.trainable)), built.part_of, together)
     seed = recipe.seed if rounds_by_chance(recipe.levers.optimizer, str(recipe.levers.precision)) else None
     if engine.config.get("zero_force_ds_cpu_optimizer"):
         seed = None  # DeepSpeed's own steps on the host
     save = functools.partial(save_weights, source=built.source_folder)
-    hooks = Hooks(rates, save, engine, rounding_seed=seed)
+    hooks = Hooks(rates, save, engine, rounding_seed=seed, order=job.order)
     pilot_steps = max(PILOT_STEPS[0], min(PILOT_STEPS[1], int(total * PILOT_SHARE)))
     recorder = Recorder(log, hooks.counts, min(pilot_steps, total) if job.pilot else None)
     read = functools.partial(open_image, most_pixels=job.most_pixels) if job.most_pixels else open_image
@@ -299,7 +320,7 @@ def _refuse_small_disk(job: Job, built: Built) -> None:
 def _explained(error: Exception, job: Job, built: Built, log: RunLog) -> Exception:
     """The error a user can act on; anything unknown keeps its own traceback."""
     log.write("failed", error=f"{type(error).__name__}: {error}"[:2000])
-    if isinstance(error, RunFailed | UserError):
+    if isinstance(error, MemfitError):
         return error
     if "Caught UserError in DataLoader worker" in str(error):  # a worker's error comes as text, with its traceback
         problem, _, hint = str(error).rpartition("UserError: ")[2].partition("\n\nhint: ")
@@ -345,4 +366,5 @@ def _start_facts(job: Job, built: Built, steps: Steps) -> dict[str, Any]:
         "checkpointed": dict(built.checkpointed),
         "pilot": job.pilot,
         "seed": job.plan.recipe.seed,
+        "working_folder": str(Path.cwd()),  # what relative paths of the recipe are of
     }

@@ -83,7 +83,7 @@ def write_cached(path: Path, value: Any) -> Path | None:
         return None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file)
+            file.write(json.dumps(value))  # json.dump would go through Python for every number
         os.replace(name, path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -28,7 +28,7 @@ from memfit.inputs.chat import (
     moves_pictures,
 )
 from memfit.inputs.model_source import ModelSource
-from memfit.inputs.tokens import add_missing_tokens, load_tokenizer, special_names, special_pattern
+from memfit.inputs.tokens import add_missing_tokens, load_tokenizer, special_names, special_pattern, tokens_of
 from memfit.specs.recipe import ImageBudget
 from memfit.specs.sample import Sample, Turn
 from memfit.specs.workload import ImageCost, SampleCost
@@ -149,9 +149,9 @@ class Encoder:
         layout = self._layout(sample, turns, generation=True)
         return self._tokenize(sample, layout, order, self._costs(sample, sizes, order)).input_ids
 
-    def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
-        """The words of `ids`, special tokens left out."""
-        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
+    def decode(self, ids: Sequence[int] | NDArray[np.int32], special: bool = False) -> str:
+        """The words of `ids`; special tokens are left out unless `special`."""
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special))
 
     def special_tokens_in(self, text: str) -> list[str]:
         """Special tokens that `text` spells out, which the tokenizer would take for the real ones."""
@@ -282,13 +282,9 @@ class Encoder:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = np.asarray(encoding.ids, dtype=np.int32)
         labels = np.full(len(ids), NO_LOSS, dtype=np.int32)
-        if spans:
-            offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            starts, stops = np.maximum.accumulate(offsets, axis=0).T
-            for start, stop in spans:
-                # Every token that holds a character of the span, also one that began before it.
-                first, last = np.searchsorted(stops, start, "right"), np.searchsorted(starts, stop, "left")
-                labels[first:last] = ids[first:last]
+        for start, stop in spans:
+            first, last = tokens_of(encoding, (start, stop), len(text))
+            labels[first:last] = ids[first:last]
         if self.image_token_id is None:
             return Encoded(ids, labels, np.zeros(len(ids), dtype=bool), (), (), ())
         mask = ids == self.image_token_id

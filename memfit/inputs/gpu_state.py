@@ -44,6 +44,11 @@ def gpu_states(ask: Ask, own_pid: int | None = None) -> dict[int, GpuState]:
     return states
 
 
+def held_by_process(ask: Ask, own_pid: int | None = None) -> int:
+    """What this process holds on all GPUs; 0 where the driver does not see it, as in some containers."""
+    return sum(_own_bytes(ask, os.getpid() if own_pid is None else own_pid).values())
+
+
 def _own_bytes(ask: Ask, pid: int) -> dict[str, int]:
     """What this process holds, by the GPU's UUID. In a container the driver may not see the process: then nothing."""
     text = ask("--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits")

@@ -18,7 +18,7 @@ from memfit.inputs import machine
 from memfit.inputs.cache import cache_folder
 from memfit.inputs.gpu_state import Ask, gpu_states
 from memfit.inputs.machine import DetectedGpu, TorchFacts
-from memfit.inputs.toolchain import CPU_ADAM, Toolchain, find_toolchain, version_of
+from memfit.inputs.toolchain import CPU_ADAM, Toolchain, find_toolchain, is_live, version_of
 from memfit.specs.health import Health, HealthFinding, Status
 from memfit.units import GIB, MIB, gib
 
@@ -219,8 +219,12 @@ def _compiling(tools: Toolchain) -> Iterator[HealthFinding]:
         return
     problem = tools.problem()
     if tools.locks:
-        words = f"{tools.locks[0]} is locked by a build that goes on, or was killed"
-        yield HealthFinding("cpu adam", "warn", words, f"if nothing is compiling: rm {tools.locks[0]}")
+        lock = tools.locks[0]
+        if is_live(lock):
+            yield HealthFinding("cpu adam", "ok", f"is being compiled now, in {lock.parent}")
+        else:
+            words = f"{lock} is there and nobody compiles behind it: every later run would wait for it"
+            yield HealthFinding("cpu adam", "warn", words, f"rm {lock}")
     elif CPU_ADAM in tools.built:
         yield HealthFinding("cpu adam", "ok", f"built, in {tools.folder}")
     elif problem is None:

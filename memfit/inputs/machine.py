@@ -19,7 +19,7 @@ from memfit.catalog.gpus import GPUS, NOMINAL_SHARE
 from memfit.catalog.links import PCIE_LANE_RATE
 from memfit.catalog.torch_builds import TORCH_BUILDS, TorchBuild
 from memfit.errors import UserError
-from memfit.inputs.gpu_state import GpuState, gpu_states, links_between
+from memfit.inputs.gpu_state import GpuState, gpu_states, held_by_process, links_between
 from memfit.specs.hardware import GpuLink, GpuRow, Hardware
 from memfit.units import GIB, MIB
 
@@ -275,6 +275,11 @@ def _driver_cuda() -> str:
     """The newest CUDA that the driver runs: nvidia-smi prints it in its header only."""
     match = re.search(r"CUDA (?:UMD )?Version:\s*([0-9]+\.[0-9]+)", _smi() or "")
     return match[1] if match else ""
+
+
+def own_gpu_bytes() -> int:
+    """What this process holds on all GPUs, as the driver tells it; 0 where it does not say."""
+    return held_by_process(_smi)
 
 
 def _smi(*arguments: str) -> str | None:

@@ -18,7 +18,7 @@ def is_plan_file(path: Path) -> bool:
 
 def recipe_of_plan(path: Path) -> Recipe:
     """The recipe of a plan that `memfit plan` or a run wrote. UserError for a file that is none, or chose nothing."""
-    data = _read(path)
+    data = read_plan_file(path)
     if "chosen" in data:
         data = data["chosen"]
         if data is None:
@@ -30,11 +30,12 @@ def recipe_of_plan(path: Path) -> Recipe:
 
 def may_write_plan(path: Path) -> None:
     """Raises UserError where a file of this name is there and is no answer of `memfit plan`."""
-    if path.exists() and "searched" not in _read(path):
+    if path.exists() and "searched" not in read_plan_file(path):
         raise UserError(f"{path} is there and was not written by memfit plan", "name another file with --out")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_plan_file(path: Path) -> dict[str, Any]:
+    """The object in a plan.json, {} for another one. UserError for a file that cannot be read."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -60,7 +60,7 @@ def _written(tape: Tape) -> dict[str, Any]:
         "loops": tape.loops,
         "inputs": tape.inputs,
         "flops": [[number(phase), number(path), size] for phase, path, size in tape.flops],
-        "runs": tape.runs,
+        "folds": tape.folds,
         "held_out": tape.held_out,
         "texts": list(texts),
     }
@@ -87,6 +87,6 @@ def _read(value: dict[str, Any]) -> Tape:
         loops=tuple(Loop(*loop) for loop in value["loops"]),
         inputs=value["inputs"],
         flops=tuple((texts[phase], texts[path], size) for phase, path, size in value["flops"]),
-        runs=tuple(map(tuple, value["runs"])),
+        folds=tuple((part, tuple(kinds), tuple(stands)) for part, kinds, stands in value["folds"]),
         held_out=tuple(map(tuple, value["held_out"])),
     )

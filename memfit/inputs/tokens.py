@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from memfit.errors import UserError
@@ -64,3 +65,25 @@ def special_pattern(tokenizer: Tokenizer, names: Iterable[str]) -> re.Pattern[st
     tokens = {entry.content for entry in added if entry.special} | set(names)
     ordered = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+
+
+def tokens_of(encoding: Any, span: tuple[int, int], length: int) -> tuple[int, int]:
+    """Every token that holds a character of `span`, also one that began before it: the first, one past the last.
+
+    `length`: characters of the text. The tokenizer is asked for both ends: a list of all offsets takes half as long as
+    tokenizing.
+    """
+    (start, stop), count = span, len(encoding)
+    first = encoding.char_to_token(start) if stop > start else None
+    last = encoding.char_to_token(stop) if stop < length else count
+    before = encoding.token_to_chars(first - 1) if first else (0, 0)
+    if first is not None and last is not None and before is not None and before[1] <= start:
+        # Of a character that is several tokens, and of a token that is several characters, all count.
+        while last < count and (place := encoding.token_to_chars(last)) is not None and place[0] < stop:
+            last += 1
+        while last > first and (place := encoding.token_to_chars(last - 1)) is not None and place[0] >= stop:
+            last -= 1
+        return first, last
+    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    starts, stops = np.maximum.accumulate(offsets, axis=0).T
+    return int(np.searchsorted(stops, start, "right")), int(np.searchsorted(starts, stop, "left"))

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 # asks for -std=c++20, deepspeed.ops.op_builder.cpu.builder:CPUOpBuilder.cxx_args for -fopenmp.
 PROBE = "#include <concepts>\n#include <omp.h>\n#include <Python.h>\nint main() { return 0; }\n"
 PROBE_SECONDS = 20.0
+NEW_SECONDS = 30.0  # of a lock: what goes before and after ninja
 CPU_ADAM, SHARED_MEMORY = OPERATORS = "cpu_adam", "deepspeed_shm_comm"
 
 
@@ -84,7 +86,7 @@ def find_toolchain(environment: Mapping[str, str] | None = None) -> Toolchain:
         needs_nvcc=_needs_nvcc(),
         folder=folder,
         built=tuple(name for name in OPERATORS if is_built(folder, name, ninja)),
-        locks=tuple(lock for name in OPERATORS if (lock := stale_lock(folder, name))),
+        locks=tuple(lock for name in OPERATORS if (lock := lock_of(folder, name))),
     )
 
 
@@ -109,7 +111,7 @@ def is_built(folder: Path, name: str, ninja: str | None = None) -> bool:
         rules = (place / "build.ninja").read_text(encoding="utf-8")
     except OSError:
         return False
-    if not (place / f"{name}.so").is_file() or sys.prefix not in rules or stale_lock(folder, name):
+    if not (place / f"{name}.so").is_file() or sys.prefix not in rules or lock_of(folder, name):
         return False
     if ninja is None:
         return True
@@ -122,13 +124,33 @@ def is_built(folder: Path, name: str, ninja: str | None = None) -> bool:
     return "no work to do" in done.stdout
 
 
-def stale_lock(folder: Path, name: str) -> Path | None:
+def lock_of(folder: Path, name: str) -> Path | None:
     """The lock that a build holds, or left behind when it was killed: who comes later then waits for it for ever.
 
     Source: torch.utils.file_baton:FileBaton.wait, torch.utils.cpp_extension:_jit_compile.
     """
     lock = folder / name / "lock"
     return lock if lock.exists() else None
+
+
+def is_live(lock: Path, processes: Path = Path("/proc")) -> bool:
+    """Whether somebody is compiling behind a lock: a process works in its folder (ninja does), or it is quite new.
+
+    The lock itself names nobody. Processes of other users, and of other machines that share the folder, are not seen.
+    """
+    try:
+        if time.time() - lock.stat().st_mtime < NEW_SECONDS:
+            return True
+        folder = lock.parent.resolve()
+    except OSError:  # gone meanwhile
+        return False
+    for process in processes.glob("[0-9]*"):
+        try:
+            if (process / "cwd").resolve(strict=True) == folder:
+                return True
+        except OSError:  # ended, or another user's
+            continue
+    return False
 
 
 def torch_cuda() -> str | None:

@@ -14,7 +14,7 @@ from memfit.specs.stretch import Stretch
 from memfit.specs.trace import FlopsRow, Moment, PartPeak, PeakRow, SavedRow, StepTrace
 
 # Raised when a trace or a replay changes what it counts, so that old files are not read as new ones.
-FORMAT = 5
+FORMAT = 6
 ROWS = {"saved": SavedRow, "peaks": PeakRow, "activation_peaks": PeakRow, "parts": PartPeak, "flops": FlopsRow}
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
-from memfit.errors import UserError
 from memfit.monitor.canvas import FAINT, INK, PAPER, Canvas, text_width
 from memfit.monitor.charts import nice_ticks
+from memfit.monitor.picture_file import check_picture, page_of, write_canvas
 from memfit.planner.activations import known_phases
 from memfit.planner.estimate import capacity_bytes, states_place
 from memfit.planner.estimate_text import estimate_text
@@ -23,7 +22,6 @@ from memfit.specs.plan import Forecast
 from memfit.specs.trace import TRACED_PHASES, Moment
 from memfit.units import GIB, gib
 
-SUFFIXES = (".svg", ".png", ".html")
 # Group of terms -> colour, colour of the text on it.
 COLOURS: dict[str, tuple[str, str]] = {
     "weights": ("#0072B2", PAPER),
@@ -64,19 +62,10 @@ def write_picture(forecasts: Sequence[Forecast], names: Sequence[str], path: Pat
 
     Raises UserError for another suffix, a folder that is not there, and a file that cannot be written.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"--plot {path}: no picture is written as {suffix or 'a file without suffix'}", _hint(path))
+    check_picture(path)
     canvas = draw(forecasts, names)
-    try:
-        if suffix == ".png":
-            canvas.png(path)
-        else:
-            text = canvas.svg() if suffix == ".svg" else _page(canvas, forecasts, names)
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--plot {path} cannot be written: {error.strerror or error}", "name another file") from error
-    return path
+    texts = [(name, estimate_text(forecast)) for forecast, name in zip(forecasts, names, strict=True)]
+    return write_canvas(canvas, path, lambda: page_of(canvas, f"memfit estimate: {', '.join(names)}", texts))
 
 
 def draw(forecasts: Sequence[Forecast], names: Sequence[str]) -> Canvas:
@@ -271,22 +260,3 @@ def _about(forecast: Forecast, name: str) -> str:
     )
     process = process_bytes(forecast)
     return f"{name}: memory by phase: {phases}" + (f"; the process {gib(process)}" if process else "")
-
-
-def _page(canvas: Canvas, forecasts: Sequence[Forecast], names: Sequence[str]) -> str:
-    texts = "".join(
-        f"<h2>{escape(name)}</h2>\n<pre>{escape(estimate_text(forecast))}</pre>\n"
-        for forecast, name in zip(forecasts, names, strict=True)
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>memfit estimate: {escape(', '.join(names))}</title>\n"
-        "<style>body{font:15px/1.5 system-ui,sans-serif;margin:1.5rem auto;max-width:1200px;padding:0 1rem;"
-        "color:#222;background:#fff}svg{max-width:100%;height:auto}pre{overflow-x:auto;font-size:13px}</style>"
-        f"</head><body>\n{canvas.svg()}{texts}</body></html>\n"
-    )
-
-
-def _hint(path: Path) -> str:
-    return f"name it {path.with_suffix('.svg').name}, or with .png or .html"

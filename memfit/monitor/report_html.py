@@ -7,7 +7,7 @@ this file puts them on the page.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,24 @@ from memfit.monitor.findings import (
     with_interval,
 )
 from memfit.monitor.glance import GlanceGroup, glance
+from memfit.monitor.learned import SAME, says_what_it_learned
+from memfit.monitor.proof_picture import picture
+from memfit.monitor.proof_tables import checks_table, groups_table, memory_table, tensors_table, verdict
 from memfit.monitor.run_charts import Drawn, overlaid_charts, run_charts
 from memfit.monitor.run_records import RunRecord, number
 from memfit.specs.evaluation import Score
 
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class ProofSection:
+    """What was proved before the run: a sentence, every lever read back, memory, and the picture."""
+
+    verdict: str
+    checks: tables.Table
+    memory: tuple[tables.Table, ...]
+    picture: Markup
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,7 @@ class Page:
     has_base: bool
     charts: list[Drawn]
     forecast: tables.Table | None
+    proof: ProofSection | None
     environment: list[tuple[str, str]]
     recipe: list[tuple[str, str]]
     sections: list[tuple[str, str]]
@@ -110,6 +124,7 @@ def _page(run: RunRecord, anchor: str) -> Page:
         has_base=base is not None,
         charts=[_safe(chart) for chart in run_charts(run)],
         forecast=tables.forecast_table(run),
+        proof=_proof(run.proof) if run.proof else None,
         environment=tables.environment_rows(run),
         recipe=tables.recipe_rows(run),
         sections=[],
@@ -119,6 +134,7 @@ def _page(run: RunRecord, anchor: str) -> Page:
         ("documents", "Documents", page.examples),
         ("training", "Training", page.charts),
         ("forecast", "Forecast against measured", page.forecast),
+        ("proof", "Proof", page.proof),
         ("recipe", "Environment and recipe", page.environment or page.recipe),
     ]
     return replace(page, sections=[(key, name) for key, name, content in there if content])
@@ -133,12 +149,22 @@ def _several(runs: Sequence[RunRecord]) -> dict[str, Any]:
             replace(row, text=f"{run.name}: {row.text}") for run in runs for row in findings(run) if row.tone == "warn"
         ],
         "differences": tables.differences_table(runs),
+        "learned": tables.learned_table(runs),
+        "learned_same": SAME if all(map(says_what_it_learned, runs)) else "",
         "runs": tables.runs_table(runs),
         "glance": glance(runs),
         "names": [run.name for run in runs],
         "scores": tables.scores_table(named) if named else None,
         "charts": [_safe(chart) for chart in overlaid_charts(runs)],
     }
+
+
+def _proof(proof: Mapping[str, Any]) -> ProofSection:
+    """The section on a proof; canvas.py escapes every text of its picture."""
+    found = (memory_table(proof), groups_table(proof), tensors_table(proof))
+    return ProofSection(
+        verdict(proof), checks_table(proof), tuple(table for table in found if table), Markup(picture(proof))
+    )
 
 
 def _safe(chart: Drawn) -> Drawn:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from memfit.monitor import tables
 from memfit.monitor.findings import facts, findings, headline, seed_summary, with_interval
+from memfit.monitor.learned import SAME, says_what_it_learned
+from memfit.monitor.proof_tables import memory_table, verdict
 from memfit.monitor.run_records import RunRecord
 from memfit.specs.evaluation import SCORE_NAMES, Score
 
@@ -24,6 +26,11 @@ def report_text(runs: Sequence[RunRecord]) -> str:
         blocks.append(summary)
     differences = tables.differences_table(runs)
     blocks.append(table_text(differences) if differences.rows else "The recipes are the same.")
+    learned = tables.learned_table(runs)
+    if learned.rows:
+        blocks.append(table_text(learned))
+    elif all(map(says_what_it_learned, runs)):
+        blocks.append(SAME)
     blocks.append(table_text(tables.runs_table(runs)))
     if named := tables.named_evaluations(runs):
         blocks += [table_text(tables.scores_table(named)), _BRACKETS]
@@ -62,6 +69,9 @@ def _one(run: RunRecord) -> str:
         blocks.append(table_text(sliced))
     if forecast := tables.forecast_table(run):
         blocks.append(table_text(forecast))
+    if run.proof:
+        found = memory_table(run.proof)
+        blocks.append(verdict(run.proof) + (f"\n{table_text(found)}" if found else ""))
     return "\n\n".join(blocks)
 
 

@@ -33,6 +33,7 @@ class RunRecord:
     events: tuple[Row, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
+    proof: Row = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     def rows(self, event: str) -> list[Row]:
@@ -99,6 +100,7 @@ def read_run(path: Path) -> RunRecord:
         events=events,
         evaluations=evaluations,
         comparisons=comparisons,
+        proof=_object(path / "proof.json", problems) if (path / "proof.json").exists() else {},
         problems=tuple(problems),
     )
 

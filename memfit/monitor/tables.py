@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from memfit.monitor.findings import figure, interval, short_names
+from memfit.monitor.learned import learning_differences
 from memfit.monitor.run_records import ABSENT, RunRecord, flat, number, recipe_differences, value_text
 from memfit.specs.evaluation import SCORE_NAMES, Evaluation, FieldCounts, Score
 from memfit.units import duration, gib
@@ -173,6 +174,12 @@ def differences_table(runs: Sequence[RunRecord]) -> Table:
     """Recipe keys in which the runs differ, one column a run."""
     rows = [(Cell(key), *(Cell(value) for value in values)) for key, values in recipe_differences(runs)]
     return Table("What differs in the recipes", ("key", *(run.name for run in runs)), tuple(rows))
+
+
+def learned_table(runs: Sequence[RunRecord]) -> Table:
+    """What decides what is learned, where the runs differ in it."""
+    rows = [(Cell(what), *(Cell(value) for value in values)) for what, values in learning_differences(runs)]
+    return Table("What differs in what decides what is learned", ("what", *(run.name for run in runs)), tuple(rows))
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Table:

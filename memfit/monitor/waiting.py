@@ -10,6 +10,7 @@ from typing import TextIO
 
 PATIENCE = 0.7  # seconds before a word is said: a cached answer is faster
 EVERY = 1.0
+COUNTED_EVERY = 5.0
 
 
 @contextmanager
@@ -43,3 +44,16 @@ def waiting(
         if shown:
             stream.write("\r" + " " * max(shown) + "\r")
             stream.flush()
+
+
+class Counter:
+    """Progress in lines: how many are done, told now and then by `say`."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._told = say, time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if done and now - self._told >= COUNTED_EVERY:
+            self._told = now
+            self._say(f"{what}: {done:,}" + (f" of {total:,}" if total is not None else ""))

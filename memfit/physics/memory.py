@@ -35,10 +35,10 @@ def local_shapes(shapes: Sequence[Shape], ways: int, unit: str) -> tuple[Shape, 
     if ways == 1:
         return tuple(shapes)
     if unit == "part":
-        total = sum(math.prod(shape) for shape in shapes)
+        total = numel(shapes)
         return ((FLAT_ALIGNMENT * share(total, FLAT_ALIGNMENT * ways),),) if total else ()
     if unit == "tensor":
-        return tuple((share(math.prod(shape), ways),) for shape in shapes)
+        return tuple([(-(-math.prod(shape) // ways),) for shape in shapes])
     if unit == "rows":
         return tuple((share(shape[0], ways), *shape[1:]) if shape else shape for shape in shapes)
     raise ValueError(f"unknown unit {unit!r}")
@@ -61,7 +61,7 @@ def largest_touched(counts: Sequence[int], own: int, ways: int) -> int:
 
 def numel(shapes: Sequence[Shape]) -> int:
     """Elements of all tensors together."""
-    return sum(math.prod(shape) for shape in shapes)
+    return sum(map(math.prod, shapes))
 
 
 def packed_bytes(count: Any) -> Any:

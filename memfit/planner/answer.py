@@ -6,10 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from memfit.physics.speed import TYPICAL_ERROR
 from memfit.planner.axes import Setup, Step
+from memfit.planner.estimate import capacity_bytes
 from memfit.planner.plan import plan_json
+from memfit.planner.points import points_json, points_of
 from memfit.planner.search import ALLOWED_TIER, Candidate, Fit, Limits, Miss, Outcome, Search, best_misses, shortfall_of
+from memfit.planner.sweep_text import sweep_json
 from memfit.planner.verdict import host_room
+from memfit.planner.work import rates_for
 from memfit.specs.plan import Forecast, Plan
 from memfit.specs.search import Offer, Refused, SearchResult
 from memfit.strategies import STRATEGIES
@@ -21,16 +26,17 @@ PLACES = {"gpu": "on the GPU", "host": "in host memory"}
 JUDGED, NAMED = 3, 4
 
 
-def answer(search: Search, wanted: int) -> SearchResult:
-    """Search what memfit may choose; then what it may not, as long as that would be faster."""
+def answer(search: Search, wanted: int, offering: bool = True) -> SearchResult:
+    """Search what memfit may choose; then, with `offering`, what it may not, as long as that would be faster."""
     allowed = ALLOWED_TIER[search.axes.recipe.allow]
-    taken = search.run(Limits(lambda setup, step: _tier(setup, step) <= allowed and not _would(setup, step), wanted))
+    taken = search.run(Limits(lambda setup, step: _tier(setup, step) <= allowed and not would_of(setup, step), wanted))
     known = any(fit.forecast.speed is not None for fit in taken.fits)
     best = taken.fits[0].seconds if taken.fits and known else float("inf")
-    offers: list[Offer] = []
-    if known or not taken.fits:
-        others = Limits(lambda setup, step: _tier(setup, step) > allowed or bool(_would(setup, step)), 2, best)
-        offers = [_offer(search, fit, allowed, best) for fit in search.run(others).fits]
+    outcomes, offers = [taken], []
+    if offering and (known or not taken.fits):
+        others = Limits(lambda setup, step: _tier(setup, step) > allowed or bool(would_of(setup, step)), 2, best)
+        outcomes.append(search.run(others))
+        offers = [_offer(search, fit, best) for fit in outcomes[1].fits]
     ranked = tuple(_plan(search, fit, taken) for fit in taken.fits)
     refused = tuple(_refusals(search, taken))
     return SearchResult(
@@ -41,6 +47,9 @@ def answer(search: Search, wanted: int) -> SearchResult:
         searched=taken.searched,
         seconds=taken.seconds,
         offers=tuple(offers),
+        capacity_bytes=capacity_bytes(search.axes.hardware),
+        timed=_timed(search),
+        points=tuple(points_of(search, outcomes, lambda setup, step: "; ".join(_whys(search, setup, step)))),
     )
 
 
@@ -95,7 +104,26 @@ def result_json(result: SearchResult) -> dict[str, Any]:
         "searched": result.searched,
         "seconds": result.seconds,
         "offers": [dataclasses.asdict(one) for one in result.offers],
+        "answers": [dataclasses.asdict(one) for one in result.answers],
+        **({"sweep_key": result.sweep.key, "sweep": sweep_json(result.sweep)} if result.sweep else {}),
     }
+
+
+def file_json(result: SearchResult) -> dict[str, Any]:
+    """What plan.json holds: the same object, and what became of every combination of levers."""
+    return {**result_json(result), "candidates": points_json(result.points, result.timed)}
+
+
+def search_json(result: SearchResult) -> dict[str, Any]:
+    """What a run's plan.json holds beside its plan: what else was searched, and what became of it."""
+    kept = ("refused", "offers", "searched", "seconds", "candidates")
+    return {name: value for name, value in file_json(result).items() if name in kept}
+
+
+def _timed(search: Search) -> bool:
+    """Whether the catalogue has rates for this hardware."""
+    setup, steps = next(iter(search.axes.legal.items()))
+    return rates_for(search.tables.counting(setup, steps[0])) is not None
 
 
 def gives(forecast: Forecast) -> str:
@@ -116,8 +144,18 @@ def _tier(setup: Setup, step: Step) -> int:
     return max(setup.tier, step.tier)
 
 
-def _would(setup: Setup, step: Step) -> tuple[str, ...]:
+def would_of(setup: Setup, step: Step) -> tuple[str, ...]:
+    """Chosen values that no engine of memfit runs today."""
     return (*setup.would, *step.would)
+
+
+def _whys(search: Search, setup: Setup, step: Step) -> list[str]:
+    """Why a combination may not be taken, whatever it needs."""
+    allowed, tier = ALLOWED_TIER[search.axes.recipe.allow], _tier(setup, step)
+    found = [f"{text} is forecast only" for text in would_of(setup, step)]
+    if tier > allowed:
+        found.append(f"allow: {search.axes.recipe.allow} leaves out tier {tier}, {TIERS[tier]}")
+    return found
 
 
 def _plan(search: Search, fit: Fit, outcome: Outcome) -> Plan:
@@ -140,6 +178,8 @@ def _reasons(search: Search, fit: Fit, outcome: Outcome) -> Iterator[str]:
             f"{order} that fits in tier {candidate.tier} ({TIERS[candidate.tier]}): "
             f"{duration(speed.step_seconds)} a step, most of it {speed.bound}"
         )
+    if first and candidate.setup.parallel == "none":
+        yield from _engines_alone(fit, outcome)
     if candidate.trim.engine and fit.lacks and candidate.trim.pin_memory:
         values = ", ".join(f"{key} {value:,}" for key, value in candidate.trim.engine)
         yield f"{values}: with the engine's defaults {gib(fit.lacks)} are missing"
@@ -151,11 +191,26 @@ def _reasons(search: Search, fit: Fit, outcome: Outcome) -> Iterator[str]:
     if fit.forecast.verdict == "borderline":
         yield "borderline: the figure fits, the upper end of its 90% interval does not"
     gpu = search.axes.hardware.gpu
-    if gpu is not None and search.axes.hardware.ranks > 1:
-        yield "this version of memfit forecasts several GPUs and trains on one, or on CPU ranks"
+    if gpu is not None and candidate.setup.parallel != "none":
+        yield f"{candidate.setup.parallel} was measured on CPU ranks; no GPU of ours has confirmed it yet"
     room = host_room(fit.forecast)
     if room is None and gpu is not None and candidate.setup.offload != "none":
         yield "how much host memory a node has is not stated (--host-memory), so that it was not judged"
+
+
+def _engines_alone(fit: Fit, outcome: Outcome) -> Iterator[str]:
+    """The engine that the speed model has before a choice without one: see `Search._weighed`."""
+    times = {
+        other.candidate.setup.parallel: other.forecast.speed.step_seconds
+        for other in outcome.fits
+        if other.forecast.speed is not None
+    }
+    name = min(times, key=lambda parallel: times[parallel], default="none")
+    if name != "none":
+        yield (
+            f"{name} on one card would take {duration(times[name])}, within the speed model's error of "
+            f"{TYPICAL_ERROR:.0%}: an engine is taken there only where it wins more than that"
+        )
 
 
 def _faster(search: Search, fit: Fit, outcome: Outcome) -> Iterator[str]:
@@ -194,10 +249,10 @@ def _row(setup: Setup) -> tuple[str, ...]:
     return setup.parallel, setup.offload, setup.offload_to, setup.precision, setup.optimizer
 
 
-def _offer(search: Search, fit: Fit, allowed: int, best: float) -> Offer:
+def _offer(search: Search, fit: Fit, best: float) -> Offer:
     candidate = fit.candidate
-    whys = [f"{text} is forecast only" for text in _would(candidate.setup, candidate.step)]
-    if candidate.tier > allowed:
-        whys.append(f"allow: {search.axes.recipe.allow} leaves out tier {candidate.tier}, {TIERS[candidate.tier]}")
-    gain = f"; {best / fit.seconds:.2f} times as fast" if best < float("inf") and fit.forecast.speed else ""
+    whys = _whys(search, candidate.setup, candidate.step)
+    gain = ""
+    if best < float("inf") and fit.forecast.speed:
+        gain = f"; {best / fit.seconds:.2f} times as fast" if best > 1.005 * fit.seconds else "; hardly faster"
     return Offer(levers_of(search, candidate), "; ".join(whys), gives(fit.forecast) + gain)

@@ -72,7 +72,6 @@ class Trim:
     engine: tuple[tuple[str, int], ...] = ()
     pin_memory: bool = True
     allocator: str = "default"
-    would: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,7 @@ def trims(axes: Axes, setup: Setup) -> list[Trim]:
     for pin, allocator, *levels in itertools.product(pins, allocators, *(levels for _, levels in open_keys)):
         pairs = zip(open_keys, levels, strict=True)
         engine = tuple((key, level) for (key, known), level in pairs if level != known[0])
-        would = ("levers.allocator: expandable",) if allocator != axes.recipe.levers.allocator != "default" else ()
-        found.append(Trim(engine, pin, allocator, would if allocator == "expandable" else ()))
+        found.append(Trim(engine, pin, allocator))
     return found
 
 
@@ -215,7 +213,7 @@ def _setups(recipe: Recipe, hardware: Hardware) -> Iterator[Setup]:
                 continue
             for precision in _precisions(recipe, parallel, hardware):
                 for optimizer in _values(levers.optimizer, _optimizers(recipe, offload, hardware)):
-                    for overlap in _overlaps(recipe, parallel, ranks):
+                    for overlap in _overlaps(recipe, parallel, ranks if hardware.gpu else 1):  # a CPU has no streams
                         yield _setup(recipe, hardware, (parallel, offload, where, precision, optimizer, overlap))
 
 
@@ -226,13 +224,13 @@ def _setup(recipe: Recipe, hardware: Hardware, values: tuple[Any, ...]) -> Setup
         tier = 2
     if levers.optimizer == AUTO:
         tier = max(tier, SAME_OPTIMIZERS.get(optimizer, 3))
-        if not OPTIMIZERS[optimizer].runs_today:
-            would.append(f"levers.optimizer: {optimizer}")
+        row = OPTIMIZERS[optimizer]
+        if not row.runs_today or not is_here(row.package):
+            would.append(f"levers.optimizer: {optimizer}" + (f" without {row.package}" if row.runs_today else ""))
+    if levers.parallel == AUTO and parallel not in METHODS[recipe.method].runs_on:
+        would.append(f"method: {recipe.method} with levers.parallel: {parallel}")
     if levers.offload_to == AUTO and where != "host":
         would.append(f"levers.offload_to: {where}")
-    # On several GPUs nothing runs yet, whatever is chosen: that is said of the hardware, not of a lever.
-    if levers.parallel == AUTO and hardware.gpu is not None and hardware.ranks == 1 and parallel != "none":
-        would.append(f"levers.parallel: {parallel} on a GPU")
     return Setup(parallel, offload, where, precision, optimizer, overlap, tier, tuple(would))
 
 
@@ -283,6 +281,11 @@ def _steps(recipe: Recipe, hardware: Hardware) -> Iterator[Step]:
                 for micro in micros:
                     # Liger's kernel makes the gradient of the logits in 16 bit, chunk by chunk.
                     yield Step(checkpointing, loss, moved, int(micro), 2 if loss == "fused" != levers.loss else 1)
+
+
+def is_here(package: str) -> bool:
+    """Whether a package that a row needs is installed; "" needs none."""
+    return not package or importlib.util.find_spec(package) is not None
 
 
 def fused_is_here() -> bool:

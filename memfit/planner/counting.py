@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from memfit.catalog.methods import METHODS, QuantRow
@@ -108,14 +109,13 @@ class Counting:
 
         Source: deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._create_fp16_sub_groups.
         """
-        found = []
+        found: list[int] = []
         for rows in self.learning_groups():
             running = 0
             for shape in self.local(shapes(rows), self.layout.split_optimizer):
-                running += numel([shape])
+                running += prod(shape)
                 if limit and running >= limit:
-                    found.append(running)
-                    running = 0
+                    found, running = [*found, running], 0
             found += [running] if running else []
         return found
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from memfit.catalog.methods import METHODS
 from memfit.catalog.optimizers import OPTIMIZERS, find_optimizer
-from memfit.catalog.precisions import PRECISIONS, ZERO, find_precision, nearest_precision, supported
+from memfit.catalog.precisions import FSDP, PRECISIONS, ZERO, find_precision, nearest_precision, supported
 from memfit.errors import UserError
 from memfit.families.base import Family
 from memfit.planner.parts import ResolvedParts, parameter_groups, resolve_with_problems
@@ -104,7 +104,8 @@ def _levers(recipe: Recipe, hardware: Hardware, defaults: list[str]) -> Levers:
 
     default("parallel", "none" if hardware.ranks == 1 else "ddp")
     default("precision", _precision(recipe, chosen["parallel"], hardware))
-    default("autocast", PRECISIONS[chosen["precision"]].autocast)
+    # accelerate.accelerator:Accelerator._prepare_fsdp2 opens no autocast: 16-bit compute is its policy's there.
+    default("autocast", PRECISIONS[chosen["precision"]].autocast and chosen["parallel"] not in FSDP)
     default("optimizer", "adamw")
     default("checkpointing", "full")
     default("loss", "full-logits")
@@ -304,7 +305,12 @@ def _precision_problems(recipe: Recipe, levers: Levers, hardware: Hardware) -> I
         yield f"levers.precision: {row.name} does not run with parallel: {levers.parallel}", hint
     elif not supported(row, hardware) and hardware.gpu:
         yield f"levers.precision: {row.name} needs bf16, which {hardware.gpu.name} does not have", hint
-    if row.autocast and levers.autocast is False:
+    if levers.autocast is True and levers.parallel in FSDP:
+        yield (
+            "levers.autocast: true, but under fsdp modules compute in 16 bit without autocast",
+            "levers.autocast: auto",
+        )
+    if row.autocast and levers.autocast is False and levers.parallel not in FSDP:
         yield f"levers.autocast: false, but {row.name} computes under autocast", "levers.autocast: auto"
     if levers.autocast is True and row.compute == "float32":
         yield f"levers.autocast: true, but {row.name} computes in fp32", "levers.autocast: auto"

@@ -30,13 +30,14 @@ def whole_rows(counting: Counting) -> Iterator[tuple[ParameterRow, int, bool]]:
     """Every parameter with bytes an element as the engine keeps it whole, and whether it learns."""
     for group in counting.groups:
         for role, rows in roles_of(group):
+            width = gathered_width(counting, role) if rows else 0
             for row in rows:
-                yield row, gathered_width(counting, role), True
-        frozen = counting.frozen_width
+                yield row, width, True
+        frozen, idle = counting.frozen_width, counting.idle_width
         for row in group.frozen:
             yield row, frozen, False
         for row in group.idle:
-            yield row, counting.idle_width, False
+            yield row, idle, False
         for row in group.quantised:
             yield row, 0, False
 

@@ -67,7 +67,8 @@ def why(forecast: Forecast, term_id: str) -> str:
 
 def _verdict(forecast: Forecast) -> str:
     count = len(forecast.defaults)
-    tail = f"{count} value{'s were defaults' if count != 1 else ' was a default'}, nothing was searched"
+    defaults = f"{count} value{'s were defaults' if count != 1 else ' was a default'}, nothing was searched"
+    tail = defaults if count else "every value was given"
     if forecast.trace is not None:
         figures = _on_gpu(forecast) if forecast.hardware.gpu else _on_cpu(forecast)
         return f"{forecast.verdict.replace('-', ' ')}{_host_binds(forecast)}: {figures}; {tail}"
@@ -131,6 +132,8 @@ def _host_binds(forecast: Forecast) -> str:
 
 def _between(forecast: Forecast) -> str:
     found = forecast.interval
+    if found and gib(found.low_bytes) == gib(found.high_bytes):
+        return ""  # exact, as far as is shown
     return f" (90%: {gib(found.low_bytes).removesuffix(' GiB')} to {gib(found.high_bytes)})" if found else ""
 
 

@@ -88,8 +88,8 @@ def _processes(counting: Counting) -> Iterator[Term]:
 
 
 def _loading(counting: Counting) -> Iterator[Term]:
-    """Each rank reads the whole checkpoint into host memory, then moves it; where weights are split one rank of the
-    node does, and the others get their shares from it. On CPU ranks the weights stay there."""
+    """One rank of the node reads the checkpoint into host memory and moves it; the others get theirs from its device,
+    or take their turn after it. On CPU ranks the weights stay there."""
     if counting.hardware.gpu is None:
         return
     stored = sum(
@@ -102,18 +102,16 @@ def _loading(counting: Counting) -> Iterator[Term]:
     for group in counting.groups:
         trained += sum(numel(shapes(rows)) * counting.width(role) for role, rows in roles_of(group))
         trained += _unpacked(counting, group)
-    size, split = max(stored, trained), counting.layout.engine.gather_at_load
-    copies = 1 if split else counting.hardware.gpus_per_node
     yield _term(
         "host.load",
         ("load",),
-        size * copies,
+        max(stored, trained),
         _Words(
             "the model before it moves to the GPU",
-            f"max({stored:,} B as stored, {trained:,} B as trained) x {copies} cop{'y' if copies == 1 else 'ies'}",
+            f"max({stored:,} B as stored, {trained:,} B as trained) x 1 copy",
             "memfit.build.shell; transformers.integrations.deepspeed:_load_state_dict_into_zero3_model"
-            if split
-            else "memfit.build.load:loaded_model loads on the CPU, one copy a rank, then the model moves",
+            if counting.layout.name != "none"
+            else "memfit.build.load:loaded_model loads on the CPU, then the model moves",
         ),
     )
 

@@ -11,19 +11,20 @@ import dataclasses
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from memfit.physics.speed import TYPICAL_ERROR
 from memfit.planner.activations import peaks_of
 from memfit.planner.axes import Axes, Setup, Step, Trim, ladder, reverted, with_choice
 from memfit.planner.counting import Counting
 from memfit.planner.engine_stages import Stages
 from memfit.planner.problems import as_error
-from memfit.planner.steps import Known, figures_of
-from memfit.planner.tables import Bytes, Model, Room, Tables, phase_bytes, room_of
+from memfit.planner.steps import Known, figures_of, fixed_of
+from memfit.planner.tables import Bytes, Floors, Model, Room, Tables, phase_bytes, room_of
 from memfit.planner.verdict import gpu_room, host_room
 from memfit.specs.ledger import PHASES
 from memfit.specs.plan import Forecast
@@ -39,6 +40,10 @@ class Tracer(Protocol):
 
     def kind(self, counting: Counting) -> Hashable:
         """What two steps must share beside their levers to be alike: dtypes as they run, what the engine replaces."""
+        ...
+
+    def sizes(self, micro: int) -> tuple[int, ...]:
+        """What bytes and work of the micro-batch of so many rows grow with: padded tokens, patches, trained tokens."""
         ...
 
     def step(self, counting: Counting) -> tuple[StepTrace, Stages]:
@@ -65,7 +70,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fit:
-    """A candidate that fits, its seconds (an order only where there are no rates) and its whole forecast.
+    """A candidate that fits, its seconds by which it is ranked (see `Search._weighed`) and its whole forecast.
 
     `lacks`: bytes that are missing with the engine's default values, where the trim takes others.
     """
@@ -117,8 +122,9 @@ class Search:
         if not axes.legal:
             raise as_error(axes.problems)
         self.axes, self.model, self.tracer = axes, model, tracer
-        self.tables, self.room, self.known = Tables(axes, model), room_of(axes), Known()
+        self.tables, self.room, self.known = Tables(axes, model), room_of(axes), Known(tracer.sizes)
         self._kinds: dict[Setup, Hashable] = {}
+        self._keeps_whole: dict[Setup, bool] = {}
 
     def run(self, limits: Limits) -> Outcome:
         """Search among what `limits` admit. A second run knows what the first has traced."""
@@ -141,7 +147,7 @@ class Search:
             miss = self._bound(setup, step, now)
             if miss is not None:
                 found.misses.append(miss)
-            elif self.known.get(self._kind(setup), step) is None:
+            elif self.known.get(*self._known_as(setup, step)) is None:
                 self._trace(setup, step)
                 heapq.heappush(heap, (tier, self._seconds(setup, step), next(order), setup, step))
             else:
@@ -162,9 +168,7 @@ class Search:
             mine = [step for step in steps if limits.admits(setup, step)]
             if not mine:
                 continue
-            figures = [self.known.least(self._kind(setup), step) for step in mine]
-            floors = self.tables.least(setup, mine, np.stack([one.peaks for one in figures]))
-            times = np.broadcast_to(self.tables.seconds(setup, mine, figures).seconds, len(mine))
+            floors, times = self.least(setup, mine)
             fits = np.ones(floors.device.shape, dtype=bool)
             for sizes, room in ((floors.device, self.room.device), (floors.host, self.room.host)):
                 fits &= sizes <= room if room is not None else True
@@ -175,9 +179,16 @@ class Search:
                 else:
                     found.misses.append(self._closest(setup, step, float(times[at]), floors.at(at)))
 
+    def least(self, setup: Setup, steps: Sequence[Step]) -> tuple[Floors, Bytes]:
+        """Bytes and seconds [steps] that these take at least, as far as traced steps say."""
+        figures = [self.known.least(*self._known_as(setup, step)) for step in steps]
+        floors = self.tables.least(setup, steps, np.stack([one.peaks for one in figures]))
+        seconds = self.tables.seconds(setup, steps, figures).seconds
+        return floors, np.broadcast_to(seconds * self._weighed(setup), len(steps))
+
     def _bound(self, setup: Setup, step: Step, seconds: float) -> Miss | None:
         """A miss where what is known by now refuses every trim."""
-        peaks = self.known.least(self._kind(setup), step).peaks[None]
+        peaks = self.known.least(*self._known_as(setup, step)).peaks[None]
         floors = self.tables.least(setup, [step], peaks)
         lacks = _lacks(floors.device[:, 0], floors.host[:, 0], self.room)
         return None if lacks.min() == 0 else self._closest(setup, step, seconds, floors.at(0))
@@ -190,27 +201,49 @@ class Search:
         return Miss(candidate, seconds, place, int(lacks[at]), True)
 
     def _seconds(self, setup: Setup, step: Step) -> float:
-        figures = [self.known.least(self._kind(setup), step)]
-        return float(np.ravel(self.tables.seconds(setup, [step], figures).seconds)[0])
+        figures = [self.known.least(*self._known_as(setup, step))]
+        return float(np.ravel(self.tables.seconds(setup, [step], figures).seconds)[0]) * self._weighed(setup)
+
+    def _weighed(self, setup: Setup) -> float:
+        """What the ranking multiplies seconds by: on one card an engine must be faster by more than the speed model's
+        error to be taken. It splits nothing there, and the model does not know all that it does between kernels."""
+        alone = self.axes.hardware.ranks == 1 and setup.parallel != "none"
+        return 1 + TYPICAL_ERROR if alone else 1.0
 
     # ---- the exact stage ---------------------------------------------------------------------------------------
 
     def _kind(self, setup: Setup) -> Hashable:
         if setup not in self._kinds:
-            self._kinds[setup] = self.tracer.kind(self.tables.counting(setup, self.axes.legal[setup][0]))
+            counting = self.tables.counting(setup, self.axes.legal[setup][0])
+            self._kinds[setup] = self.tracer.kind(counting)
+            self._keeps_whole[setup] = counting.layout.engine.keep_ways == 1
         return self._kinds[setup]
 
-    def _trace(self, setup: Setup, step: Step) -> None:
-        """Trace a step; before the first of its kind the one that holds least, which bounds all others."""
+    def _known_as(self, setup: Setup, step: Step) -> tuple[Hashable, Step, bool]:
+        """By what a traced step is known: kind, levers, and whether whole gradients wait from one to the next."""
         kind = self._kind(setup)
-        first = kind not in self.known.traced
-        chosen = min(self.axes.legal[setup], key=_weight) if first else step
+        return kind, step, self._keeps_whole[setup] and self.tables.several(step)
+
+    def _trace(self, setup: Setup, step: Step) -> None:
+        """Trace a step, or one that says enough of it: of a kind first the one that holds least, of those that differ
+        in their rows only first the one with the fewest."""
+        kind = self._kind(setup)
+        chosen = step
+        if kind not in self.known.traced:
+            chosen = min(self.axes.legal[setup], key=_weight)
+        elif not self.known.has_family(*self._known_as(setup, step)):
+            chosen = min(self._family(setup, step), key=lambda one: one.micro_batch)
         counting = self.tables.counting(setup, chosen)
         trace, _ = self.tracer.step(counting)
-        fixed = 0
-        if counting.recipe.levers.autocast is True:
-            fixed = 2 * int(self.tables.states(setup).learning)
-        self.known.add(kind, chosen, figures_of(trace, fixed))
+        _, _, accumulated = self._known_as(setup, chosen)
+        self.known.add(kind, chosen, figures_of(trace, fixed_of(counting)), accumulated)
+
+    def _family(self, setup: Setup, step: Step) -> list[Step]:
+        """The steps that differ in their rows only and bound this one; itself among them."""
+        _, _, accumulated = self._known_as(setup, step)
+        mine = [one for one in self.axes.legal[setup] if one.micro_batch <= step.micro_batch]
+        alike = [one for one in mine if dataclasses.replace(one, micro_batch=step.micro_batch) == step]
+        return [one for one in alike if accumulated or not self._known_as(setup, one)[2]]
 
     def _judge(self, setup: Setup, step: Step, seconds: float) -> Fit | Miss:
         """The first trim from the default on that fits, as little off the default as it can be."""

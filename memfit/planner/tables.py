@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,21 +55,34 @@ class Room:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """The stretches of a traced step as arrays: the phase by its place in PHASES, bytes as in `Stretch`, whether a
+    stretch runs `inside` one of the numbered blocks, and the bytes of it that do not grow with the rows, at most."""
+
+    phase: Bytes
+    inputs: Bytes
+    saved: Bytes
+    transient: Bytes
+    inside: NDArray[np.bool_]
+    fixed: Bytes
+
+
+@dataclass(frozen=True)
 class Figures:
-    """Of one micro-batch: bytes by phase without gradients of parameters, and its work. `fixed`: bytes that do not grow
-    with the rows, at most (weights cast under autocast). `least_flops`: without what checkpointing computes again.
-    `again`: bytes that autograd keeps of what backward computes again, which no checkpointing would keep all at once;
-    `logits`: what is alive at the peak of the loss and is not kept."""
+    """Of one micro-batch: bytes by phase without gradients of parameters, and its work. `least_flops`: without what
+    checkpointing computes again; `written_once`: of what is written, what does not grow with the rows, at most; `kept`:
+    what autograd keeps of the blocks. `held`: what `memfit.planner.steps` has worked out of the moments."""
 
     peaks: Bytes
-    fixed: int
     flops: float
     least_flops: float
     written: float
     kernels: float
     pinned: int
-    again: int = 0
-    logits: int = 0
+    written_once: float = 0.0
+    kept: int = 0
+    moments: Moments | None = None
+    held: dict[tuple[float, bool, bool, bool], Bytes] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -166,7 +179,7 @@ class Tables:
         them is below."""
         ranks = self.axes.hardware.gpus_per_node
         device, host = self._bases(setup)
-        kind = np.array([self._several(step) for step in steps], dtype=np.int64)
+        kind = np.array([self.several(step) for step in steps], dtype=np.int64)
         device, host = device[:, kind], host[:, kind]
         batch = np.broadcast_to(peaks, device.shape).copy()
         batch[..., BACKWARD] = np.maximum(batch[..., BACKWARD], self._passing(setup)[:, None])
@@ -197,14 +210,14 @@ class Tables:
             self._countings[setup] = self.counting(setup, self.axes.legal[setup][0])
         return self._countings[setup]
 
-    def _several(self, step: Step) -> int:
-        """1 where a rank runs several micro-batches before the optimizer's step."""
-        return int(int(self.axes.recipe.batch) > self.axes.hardware.ranks * step.micro_batch)
+    def several(self, step: Step) -> bool:
+        """Whether a rank runs several micro-batches before the optimizer's step."""
+        return int(self.axes.recipe.batch) > self.axes.hardware.ranks * step.micro_batch
 
     def _kinds(self, steps: Sequence[Step]) -> list[Step]:
         """A step of one micro-batch and one of several, in this order; the only kind there is stands for both."""
-        found = {self._several(step): step for step in steps}
-        return [found.get(kind) or next(iter(found.values())) for kind in (0, 1)]
+        found = {self.several(step): step for step in steps}
+        return [found.get(kind) or next(iter(found.values())) for kind in (False, True)]
 
     def _counted(self, setup: Setup, trim: Trim) -> Trim:
         """What of a trim changes states and buffers, beside the reduce bucket: page-locked memory, and in the step the
@@ -215,7 +228,7 @@ class Tables:
 
     def _base(self, setup: Setup, step: Step, counted: Trim) -> tuple[Bytes, Bytes]:
         """Phases of states and buffers without the reduce bucket that stays."""
-        key = (dataclasses.replace(setup, overlap=None), self._several(step), counted)
+        key = (dataclasses.replace(setup, overlap=None), self.several(step), counted)
         if key not in self._phases:
             device, host = phase_bytes(self.counting(setup, step, counted), self.model.buffers, NO_LOAD)
             on_device, on_host = self._at_place(self._buckets(setup, stays=True)[:1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from typing import Any
 
 
@@ -25,12 +27,9 @@ class ParameterRow:
     tied_to: str | None = None
     reached: bool = True
 
-    @property
+    @cached_property
     def numel(self) -> int:
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)

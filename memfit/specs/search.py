@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memfit.specs.plan import Plan
+from memfit.specs.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,45 @@ class Offer:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One combination of set-up and step, whatever became of it, with the values of the engine that come closest.
+
+    `levers`: dotted keys, every lever that was searched; `engine`: values off their defaults. `gpu_bytes`: what the
+    process takes on a card (None on CPU ranks), `host_bytes`: a node. `state`: "fits" (forecast whole), "refused"
+    (`short_by_bytes` are missing in `place`) or "untried": bytes and seconds are then lower bounds, and one that is
+    faster or of a lower tier was found first. `exact`: the figures are no lower bounds. `why`: why it may not be
+    taken, if so.
+    """
+
+    levers: Mapping[str, Any]
+    engine: Mapping[str, Any]
+    tier: int
+    state: str
+    seconds: float
+    gpu_bytes: int | None
+    host_bytes: int
+    short_by_bytes: int
+    place: str
+    exact: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question people ask of every plan, its answer in words, and the figure in it (None where there is none)."""
+
+    question: str
+    answer: str
+    value: int | None = None
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """The answer of one search. `ranked[0]` is `chosen`; `searched` counts distinct, compatible candidates.
 
     `seconds`: of the search, traces that were not cached included. `samples`: to train on, None where not counted.
+    `timed`: seconds are known, and not an order alone. `capacity_bytes`: of one card, or of a node for CPU ranks; None
+    where that is not known.
     """
 
     chosen: Plan | None
@@ -57,3 +93,8 @@ class SearchResult:
     seconds: float
     offers: tuple[Offer, ...] = ()
     samples: int | None = None
+    sweep: Sweep | None = None
+    points: tuple[Point, ...] = ()
+    capacity_bytes: int | None = None
+    answers: tuple[Answer, ...] = ()
+    timed: bool = False

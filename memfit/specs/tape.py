@@ -85,8 +85,9 @@ class Domain:
 class Tape:
     """A program of slots; everything else as in a recording (`memfit.trace.recording`).
 
-    `inputs` is the number of a function; `flops`: (phase, module path, number of a function). `runs`: (part, start,
-    length, count). `held_out`: the (rows, tokens) at which traces that no function saw were equal to the byte.
+    `inputs` is the number of a function; `flops`: (phase, module path, number of a function). `folds`: (part, kinds,
+    stands) of `memfit.trace.folds`. `held_out`: the (rows, tokens) at which traces that no function saw were equal to
+    the byte.
     """
 
     domain: Domain
@@ -98,5 +99,5 @@ class Tape:
     loops: tuple[Loop, ...]
     inputs: int
     flops: tuple[tuple[str, str, int], ...]
-    runs: tuple[tuple[str, int, int, int], ...]
+    folds: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     held_out: tuple[tuple[int, int], ...]

@@ -135,6 +135,17 @@ def precisions_of(config: Config) -> tuple[str, ...]:
     return tuple(allowed)
 
 
+def meant_precisions(config: Config, said: str) -> tuple[str, ...]:
+    """What file and recipe may mean together; `said` is the recipe's, which may leave it open."""
+    allowed = precisions_of(config) or ("fp32",)
+    return allowed if len(allowed) == 1 or said == AUTO else (said,)
+
+
+def gradients_of(precision: str) -> str | None:
+    """DeepSpeed's name of the dtype that gradients have under a precision; None for one that no ZeRO has."""
+    return {"fp32": "fp32", "fp16-mixed": "fp16"}.get(precision, "bf16" if "bf16" in precision else None)
+
+
 def batches_of(config: Config, ranks: int, micro_batch: int | str) -> dict[str, int]:
     """levers.micro_batch and batch that the file fixes; `micro_batch` is the recipe's, "auto" counts as 1."""
     found: dict[str, int] = {}

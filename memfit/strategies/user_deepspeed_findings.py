@@ -18,7 +18,9 @@ from memfit.strategies.user_deepspeed import (
     ZERO,
     Config,
     batches_of,
+    gradients_of,
     is_count,
+    meant_precisions,
     offload_of,
     precisions_of,
     section_of,
@@ -301,8 +303,8 @@ def _against_recipe(config: Config, recipe: Recipe, ranks: int | None) -> Iterat
             yield _error(f"{ZERO}.offload_optimizer", f"{name} {value}, the recipe says {own}", f"levers.{name}: auto")
     allowed = precisions_of(config)
     if allowed and levers.precision not in (AUTO, *allowed):
-        said = " or ".join(allowed)
-        yield _error("bf16, fp16", f"they mean {said}, the recipe says {levers.precision}", "levers.precision: auto")
+        said = f"they mean {' or '.join(allowed)}, the recipe says {levers.precision}"
+        yield _error("bf16, fp16", said, "levers.precision: auto")
     yield from _batches(config, recipe, ranks)
     clip = config.get("gradient_clipping")
     if clip is None:
@@ -330,16 +332,14 @@ def _batches(config: Config, recipe: Recipe, ranks: int | None) -> Iterator[Find
 
 
 def _reduced_in(config: Config, recipe: Recipe) -> Iterator[Finding]:
-    """The dtype in which gradients are added up and travel: the ledger has that of the parameters that learn."""
-    allowed = precisions_of(config)
-    precision = allowed[0] if len(allowed) == 1 else (recipe.levers.precision if allowed else "fp32")
-    wanted = {"fp32": "fp32", "fp16-mixed": "fp16"}.get(precision, "bf16" if "bf16" in precision else None)
-    for key, value in (
-        ("data_types.grad_accum_dtype", section_of(config, "data_types").get("grad_accum_dtype")),
-        ("communication_data_type", config.get("communication_data_type")),
-    ):
-        if value not in (None, AUTO) and wanted is not None and value != wanted:
-            yield _error(key, f"{value} under {precision} has no price here", wanted)
+    """The dtype in which gradients are added up and travel: that of a precision that file and recipe may mean."""
+    meant = meant_precisions(config, recipe.levers.precision)
+    fitting = sorted({dtype for one in meant if (dtype := gradients_of(one)) is not None})
+    summed = section_of(config, "data_types").get("grad_accum_dtype")
+    sent = config.get("communication_data_type")
+    for key, value in (("data_types.grad_accum_dtype", summed), ("communication_data_type", sent)):
+        if value not in (None, AUTO) and fitting and value not in fitting:
+            yield _error(key, f"{value} under {' or '.join(meant)} has no price here", " or ".join(fitting))
 
 
 def _optimizer(config: Config, recipe: Recipe) -> Iterator[Finding]:

@@ -266,11 +266,14 @@ def trace_batch(prepared: Prepared, recipe: Recipe, rows: Sequence[Row]) -> Trac
     keys = recipe.workload if isinstance(recipe.workload, WorkloadKeys) else WorkloadKeys()
     costs = _default_pictures(prepared, recipe, keys)
     least = sum(cost.tokens for cost in costs) + 16 * sum(len(cost.crops) for cost in costs)
-    tokens = keys.tokens or max(DEFAULT_TOKENS, least)
-    if keys.tokens is not None and tokens <= sum(cost.tokens for cost in costs):
+    tokens, key = keys.tokens or max(DEFAULT_TOKENS, least), "workload.tokens"
+    if recipe.max_length != "auto" and (keys.tokens is None or int(recipe.max_length) < tokens):
+        tokens, key = int(recipe.max_length), "max_length"  # no sample is longer, and some may be as long
+    pinned = keys.tokens is not None or key == "max_length"
+    if pinned and tokens <= sum(cost.tokens for cost in costs):
         raise UserError(
-            f"workload.tokens: {tokens}, but its pictures alone take {sum(cost.tokens for cost in costs)}",
-            f"workload.tokens: {least}, or a smaller workload.image_size",
+            f"{key}: {tokens}, but its pictures alone take {sum(cost.tokens for cost in costs)}",
+            f"{key}: {least}, or a smaller workload.image_size",
         )
     micro = int(recipe.levers.micro_batch)
     return TraceBatch((tokens,) * micro, (costs,) * micro)

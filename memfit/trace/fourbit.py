@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit.build.adapters import is_adapter
 from memfit.families.names import base_name
 
 
@@ -116,13 +115,6 @@ def to_four_bit(model: nn.Module, quantised: Collection[str], compute: torch.dty
     for name, module in list(model.named_modules()):
         if isinstance(getattr(module, "base_layer", None), LinearInFourBit):
             _replace(model, name, LoraOnFourBit(module))
-
-
-def upcast_the_rest(model: nn.Module) -> None:
-    """What `lora.kbit_upcast` asks for: all frozen 16-bit tensors that are not packed go to fp32, adapters excepted."""
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16) and not parameter.requires_grad and not is_adapter(name):
-            parameter.data = parameter.data.to(torch.float32)
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -16,6 +16,7 @@ from memfit.build.checkpointing import Contexts, Recompute, checkpointed_layers
 from memfit.build.freeze import DTYPES
 from memfit.build.load import empty_model
 from memfit.build.loss import ChunkedLoss, Loss
+from memfit.build.quantise import upcast_the_rest
 from memfit.catalog.precisions import PRECISIONS
 from memfit.families.base import Family
 from memfit.planner.parts import ResolvedParts
@@ -23,7 +24,7 @@ from memfit.specs.recipe import Recipe
 from memfit.trace.delta import use_fla
 from memfit.trace.fakes import Fakes
 from memfit.trace.flash import use_flash
-from memfit.trace.fourbit import to_four_bit, upcast_the_rest
+from memfit.trace.fourbit import to_four_bit
 from memfit.trace.fused import liger_loss
 
 

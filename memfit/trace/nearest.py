@@ -119,7 +119,7 @@ def _hardware_options(recipe: Recipe, hardware: Hardware) -> Iterator[Option]:
     counts = [n for n in range(each + 1, 17) if recipe.batch == "auto" or int(recipe.batch) % (n * hardware.nodes) == 0]
     if counts:
         more = dataclasses.replace(hardware, gpus_per_node=counts[0]).text
-        yield Option(f"{more} (forecast only in this version)", _setting(hardware=keys(more)), False)
+        yield Option(more, _setting(hardware=keys(more)), False)
     wanted = PRECISIONS["bf16-amp"]
     larger = [row for row in GPUS if row.nominal_gib > gpu.nominal_gib and row.speed is not None]
     larger = [row for row in larger if supported(wanted, dataclasses.replace(hardware, gpu=row))]

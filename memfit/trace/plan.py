@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from memfit.errors import UserError
 from memfit.planner.answer import answer, gives
 from memfit.planner.plan import plan_of
 from memfit.planner.search import WANTED
 from memfit.specs.search import SearchResult
+from memfit.trace.longer import longest
 from memfit.trace.nearest import nearest, taken
 from memfit.trace.planning import NO_DATA, Data, Say, search_of
 from memfit.trace.prepare import Prepared
@@ -21,8 +21,9 @@ def plan_for(
 
     Raises UserError for pins that go together with nothing.
     """
-    if prepared.recipe.goal != "fast":
-        raise UserError(f"goal: {prepared.recipe.goal} is not searched in this version", "goal: fast")
+    reason = ""
+    if prepared.recipe.goal == "long":
+        prepared, data, reason = longest(prepared, data, say)
     result = answer(search_of(prepared, data, say), wanted)
     if result.chosen is None and prepared.recipe.allow == "learning":
         fit = taken(prepared, say)
@@ -31,5 +32,14 @@ def plan_for(
             plan = dataclasses.replace(plan_of(fit.forecast), tier=3, reasons=reasons)
             result = dataclasses.replace(result, chosen=plan, ranked=(plan,))
     if result.chosen is None:
-        result = dataclasses.replace(result, nearest=tuple(nearest(prepared, say)))
+        return dataclasses.replace(result, nearest=tuple(nearest(prepared, say)))
+    if reason:
+        plan = dataclasses.replace(result.chosen, reasons=(reason, *result.chosen.reasons))
+        result = dataclasses.replace(result, chosen=plan, ranked=(plan, *result.ranked[1:]))
     return result
+
+
+def choose(prepared: Prepared, data: Data, say: Say) -> SearchResult | None:
+    """What `memfit train` runs: the search's choice alone, or None where the recipe leaves nothing to choose."""
+    search = search_of(prepared, data, say)
+    return answer(search, 1, offering=False) if search.tables.searched > 1 else None

@@ -15,8 +15,8 @@ from memfit.planner.search import Search
 from memfit.planner.tables import Model
 from memfit.specs.plan import Forecast
 from memfit.specs.recipe import PartName, Recipe
-from memfit.specs.trace import Row, StepTrace
-from memfit.specs.workload import LoaderLoad
+from memfit.specs.trace import Row, StepTrace, TraceBatch
+from memfit.specs.workload import ImageCost, LoaderLoad
 from memfit.trace.forecast import as_it_runs, default_load, forecast_plan, key_of, stages_of, step_trace, trace_batch
 from memfit.trace.prepare import Prepared
 from memfit.trace.request import TraceRequest
@@ -29,10 +29,16 @@ class Data:
     """The user's data as a search sees them: the worst micro-batch of so many rows, and what the loader holds for it.
 
     Empty rows and None where there are no data: the recipe's workload, or the documented default, stands in.
+    `longest`: tokens of the longest sample; `heaviest`: the pictures of the sample with the most patches; `pictures`:
+    every picture's cost once; `under`: the same data read for another recipe. All are empty without data.
     """
 
     rows: Callable[[int], Sequence[Row]] = lambda micro: ()
     load: Callable[[int], LoaderLoad | None] = lambda micro: None
+    longest: int | None = None
+    heaviest: tuple[ImageCost, ...] = ()
+    pictures: tuple[ImageCost, ...] = ()
+    under: Callable[[Recipe], Data] | None = None
 
 
 NO_DATA = Data()
@@ -59,12 +65,24 @@ class TracedSteps:
         self._keys: dict[Hashable, str] = {}
         self._requests: dict[str, TraceRequest] = {}
         self._loads: dict[int, LoaderLoad] = {}
+        self._sizes: dict[int, tuple[int, ...]] = {}
 
     def kind(self, counting: Counting) -> Hashable:
         """Dtypes as they run, and what the engine replaces."""
         recipe = as_it_runs(counting.recipe, counting)
         levers = recipe.levers
         return (levers.precision, levers.autocast, recipe.lora.dtype, levers.parallel, counting.strategy.replaces)
+
+    def sizes(self, micro: int) -> tuple[int, ...]:
+        """Padded tokens, patches and trained tokens of the worst micro-batch of so many rows."""
+        if micro not in self._sizes:
+            batch = self._batch(micro)
+            patches = sum(cost.patches for images in batch.images for cost in images)
+            tokens = len(batch.rows) * max(batch.rows)
+            rows = self.data.rows(micro)
+            trained = sum(row.tokens if row.trained is None else row.trained for row in rows) if rows else tokens
+            self._sizes[micro] = (tokens, patches, trained)
+        return self._sizes[micro]
 
     def step(self, counting: Counting) -> tuple[StepTrace, Stages]:
         """The step from this process, the cache, a tape or a new trace."""
@@ -91,11 +109,15 @@ class TracedSteps:
     def load(self, micro: int) -> LoaderLoad:
         """What the loader holds for micro-batches of so many rows."""
         if micro not in self._loads:
-            levers = dataclasses.replace(self.prepared.recipe.levers, micro_batch=micro)
-            recipe = dataclasses.replace(self.prepared.recipe, levers=levers)
-            batch = trace_batch(self.prepared, recipe, self.data.rows(micro))
-            self._loads[micro] = self.data.load(micro) or default_load(self.prepared, recipe, batch)
+            batch = self._batch(micro)
+            self._loads[micro] = self.data.load(micro) or default_load(self.prepared, self.prepared.recipe, batch)
         return self._loads[micro]
+
+    def _batch(self, micro: int) -> TraceBatch:
+        """The worst micro-batch of so many rows, logits of all tokens counted."""
+        levers = dataclasses.replace(self.prepared.recipe.levers, micro_batch=micro)
+        recipe = dataclasses.replace(self.prepared.recipe, levers=levers)
+        return trace_batch(self.prepared, recipe, self.data.rows(micro))
 
     def _key(self, counting: Counting) -> str:
         levers = counting.recipe.levers

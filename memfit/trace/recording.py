@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from memfit.families.base import Family
@@ -11,14 +11,15 @@ from memfit.inputs.cache import installed_versions
 from memfit.physics.pinned import pinned_reserved
 from memfit.specs.events import EventKind, MemoryEvent
 from memfit.specs.trace import Device, Event, FlopsRow, StepTrace
+from memfit.trace.folds import Fold
 from memfit.trace.summary import summarize
 from memfit.trace.timeline import thinned
-from memfit.trace.unfold import Run, unfold
+from memfit.trace.unfold import unfold
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The events of a step in which the middle blocks of `runs` stand for those that were left out.
+    """The events of a step in which some blocks stand for those of `folds` that were left out.
 
     `marks`: (index of an event, the block whose operators run from there on). `flops`: (phase, module path) ->
     operations. `inputs` are the bytes of the batch, `parameters` those of all parameters and buffers.
@@ -30,13 +31,17 @@ class Recording:
     inputs: int
     events: tuple[Event, ...]
     marks: tuple[tuple[int, Where], ...]
-    runs: tuple[Run, ...]
+    folds: tuple[Fold, ...]
     flops: Mapping[tuple[str, str], int]
 
 
 def settled(events: Sequence[Event], marks: Sequence[tuple[int, Where]]) -> tuple[Event, ...]:
     """The events with what is freed at one moment in the order it was made: Python's own order may differ."""
-    edges = {index for index, _ in marks}
+    return _in_order(events, {index for index, _ in marks})
+
+
+def _in_order(events: Sequence[Event], edges: Set[int] = frozenset()) -> tuple[Event, ...]:
+    """The events, stretches of frees sorted by storage; none reaches over one of `edges`."""
     found: list[Event] = []
     freed: list[Event] = []
     for index, event in enumerate(events):
@@ -50,10 +55,11 @@ def settled(events: Sequence[Event], marks: Sequence[tuple[int, Where]]) -> tupl
 def step_of(recording: Recording, family: Family) -> StepTrace | None:
     """The traced step with every block written in; None where the blocks that ran are not alike."""
     events: Sequence[Event] | None = recording.events
-    if recording.runs:
-        events = unfold(recording.events, recording.marks, recording.runs, family.blocks)
+    if recording.folds:
+        events = unfold(recording.events, recording.marks, recording.folds, family.blocks)
     if events is None:
         return None
+    events = _in_order(events)
     locate = locator(family)
     on_device = [event for event in events if not event.kind.startswith("host")]
     summary = summarize(on_device, locate)
@@ -86,12 +92,12 @@ def _pinned(events: Sequence[Event]) -> int:
 
 
 def _flops(recording: Recording, locate: Callable[[str], Where]) -> tuple[FlopsRow, ...]:
-    """By phase and part; the middle period of a run counts for all that it stands for."""
+    """By phase and part; a block counts for all that it stands for."""
     counts: dict[tuple[str, str], int] = {}
     for (phase, path), count in recording.flops.items():
         part, block = locate(path)
-        for run in recording.runs:
-            if block is not None and run.part == part and run.place(block) == 1:
-                count *= run.count - 2
+        for fold in recording.folds:
+            if block is not None and fold.part == part:
+                count *= fold.count(block)
         counts[(phase, part)] = counts.get((phase, part), 0) + count
     return tuple(FlopsRow(phase, part, count) for (phase, part), count in counts.items())

@@ -1,8 +1,8 @@
-"""Trace equal blocks once: the first, one in the middle and the last run, the others are written into the events.
+"""Trace equal blocks once: one of each kind between like neighbours runs, the others are written into the events.
 
 A deep model spends its trace on blocks that do the same. `plan_skips` looks at what every block is called with and
-picks the repeats; `unfold` copies the events of the middle one for those left out, storage by storage. Where the kept
-blocks turn out not to be alike, `unfold` says so and the caller traces the whole model.
+picks those that run (`folds`); `unfold` copies their events for those left out, storage by storage. Where blocks of one
+kind turn out not to be alike, `unfold` says so and the caller traces the whole model.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memfit.families.names import Where
-from memfit.trace.unfold import KEPT, Run
+from memfit.trace.folds import Fold, fold_of
 
-LONGEST_PERIOD = 8  # Qwen3.5 repeats after 4 blocks, Qwen2.5-VL's tower after 8
 SMALL = 4096  # numbers of a tensor that count as part of a block's call
 
 
@@ -53,7 +52,7 @@ def blocks_of(model: nn.Module, locate: Callable[[str], Where]) -> dict[Where, n
     return found
 
 
-def plan_skips(blocks: dict[Where, nn.Module], run_forward: Callable[[], Any]) -> tuple[Run, ...]:
+def plan_skips(blocks: dict[Where, nn.Module], run_forward: Callable[[], Any]) -> tuple[Fold, ...]:
     """Which blocks to leave out. `run_forward` runs the model's forward once, here with no block doing anything."""
     calls: dict[Where, Any] = {}
     handles = [
@@ -66,11 +65,11 @@ def plan_skips(blocks: dict[Where, nn.Module], run_forward: Callable[[], Any]) -
     finally:
         for handle in handles:
             handle.remove()
-    runs: list[Run] = []
+    folds = []
     for part in dict.fromkeys(part for part, _ in blocks):
         count = sum(name == part for name, _ in blocks)
-        runs += _runs(part, [calls.get((part, number), number) for number in range(count)])
-    return tuple(runs)
+        folds.append(fold_of(part, [calls.get((part, number), number) for number in range(count)]))
+    return tuple(fold for fold in folds if fold is not None)
 
 
 def _noting(where: Where, calls: dict[Where, Any], block: nn.Module) -> Callable[..., None]:
@@ -94,23 +93,3 @@ def _described(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_described(item) for item in value)
     return value if isinstance(value, str | int | float | bool | None) else type(value)
-
-
-def _runs(part: str, calls: list[Any]) -> list[Run]:
-    """The periods that leave out most blocks; runs do not overlap."""
-    best: list[Run] = []
-    for length in range(1, LONGEST_PERIOD + 1):
-        found, start = [], 0
-        while start < len(calls):
-            end = start + length
-            while end < len(calls) and calls[end] == calls[end - length]:
-                end += 1
-            count = (end - start) // length
-            if count > KEPT:
-                found.append(Run(part, start, length, count))
-                start += count * length
-            else:
-                start += 1
-        if sum(len(run.skipped) for run in found) > sum(len(run.skipped) for run in best):
-            best = found
-    return best

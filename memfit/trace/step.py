@@ -40,8 +40,8 @@ WHOLE: Repeats = lambda part: False  # noqa: E731
 def trace_step(request: TraceRequest, whole: bool = False) -> StepTrace:
     """One forward, loss and backward of what `build` builds, as the training loop runs them.
 
-    Of equal blocks three run, and their events stand for the others; `whole` runs every block. Raises UserError for a
-    batch that does not fit the model.
+    Of equal blocks between like neighbours one runs, and its events stand for the others; `whole` runs every block.
+    Raises UserError for a batch that does not fit the model.
     """
     start = time.perf_counter()
     return replace(recorded_step(request, whole)[1], seconds=time.perf_counter() - start)
@@ -75,8 +75,8 @@ def record_step(request: TraceRequest, repeats: Repeats = ALL_PARTS) -> Recordin
         recompute_under(model, modes, tracker.on_host if kernels else None, _keeper(request, tracker))
         arranged = replace(arranged, loss=recomputed_loss(arranged.loss, modes))
         blocks = {where: block for where, block in blocks_of(model, locate).items() if repeats(where[0])}
-        runs = plan_skips(blocks, lambda: _look(request, model, tracker)) if blocks else ()
-        with left_out([blocks[(run.part, block)] for run in runs for block in run.skipped]):
+        folds = plan_skips(blocks, lambda: _look(request, model, tracker)) if blocks else ()
+        with left_out([blocks[(fold.part, block)] for fold in folds for block in fold.skipped]):
             try:
                 inputs = _run(request, arranged, tracker, modes)
             except cpu.MixedNorm as found:
@@ -89,7 +89,7 @@ def record_step(request: TraceRequest, repeats: Repeats = ALL_PARTS) -> Recordin
         # Copied while the model lives: its gradients die with it, and that is no part of the step.
         events=settled(tracker.events, tracker.marks),
         marks=tuple(tracker.marks),
-        runs=runs,
+        folds=folds,
         flops=dict(tracker.flops),
     )
 

@@ -11,15 +11,16 @@ from collections.abc import Mapping, Sequence
 from memfit.physics.size_functions import evaluate, fit, values_of
 from memfit.specs.tape import Domain, Loop, Reference, SizeFunction, Slot, Tape
 from memfit.specs.trace import Event
+from memfit.trace.folds import Fold
 from memfit.trace.program import MARK, Candidates, Program, program_of
 from memfit.trace.recording import Recording
-from memfit.trace.unfold import MAKES, Run
+from memfit.trace.unfold import MAKES
 
 Size = tuple[int, int]  # rows, tokens
 Recordings = Mapping[Size, Recording]
 WAYS = ("single", "same", "back", "first", "last")  # simplest first
 LEAST_HELD_OUT = 3
-SHARED = ("device", "substitutions", "parameters", "runs")  # what no size changes
+SHARED = ("device", "substitutions", "parameters", "folds")  # what no size changes
 
 
 class _NoForm(Exception):
@@ -57,7 +58,7 @@ def play(tape: Tape, rows: int, tokens: int) -> Recording:
         inputs=sizes[tape.inputs],
         events=tuple(player.events),
         marks=tuple(player.marks),
-        runs=tuple(Run(*run) for run in tape.runs),
+        folds=tuple(Fold(*fold) for fold in tape.folds),
         flops={(phase, path): sizes[number] for phase, path, number in tape.flops},
     )
 
@@ -93,7 +94,7 @@ class _Maker:
             loops=loops,
             inputs=inputs,
             flops=tuple(flops),
-            runs=tuple((run.part, run.start, run.length, run.count) for run in first.runs),
+            folds=tuple((fold.part, fold.kinds, fold.stands) for fold in first.folds),
             held_out=self.held_out,
         )
 

@@ -13,8 +13,14 @@ Record = Callable[[int, int], Recording]  # rows, tokens -> what is recorded
 # Where between the shortest (0) and the longest (1) length recordings are made, and what is left of the length over
 # multiples of WHOLE; ODD is whatever comes, so that no two roundings agree at all of them.
 ODD = -1
-SEEN = ((0.13, ODD), (0.27, 0), (0.38, ODD), (0.55, ODD), (0.71, 0), (0.93, ODD))
-HELD_OUT = ((0.0, ODD), (0.31, 8), (0.47, 0), (0.82, 32), (1.0, ODD))
+Places = tuple[tuple[float, int], ...]
+SEEN: Places = ((0.13, ODD), (0.27, 0), (0.38, ODD), (0.55, ODD), (0.71, 0), (0.93, ODD))
+HELD_OUT: Places = ((0.0, ODD), (0.31, 8), (0.47, 0), (0.82, 32), (1.0, ODD))
+# Where the lengths are WIDE apart most are short, since long ones take longer to record: one that stays out of the
+# search holds the tape against the longest.
+WIDE = 64 * WHOLE
+WIDE_SEEN: Places = ((0.03, ODD), (0.07, 0), (0.12, ODD), (0.19, ODD), (0.29, 0), (0.45, ODD))
+WIDE_HELD_OUT: Places = ((0.0, ODD), (0.09, 8), (0.16, 0), (0.36, 32), (1.0, ODD))
 NARROWEST = 10 * WHOLE
 # Rows of a recording, in turn. One row runs other operators than several, and two repeat too little to show a loop.
 ROWS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (((1,), (1,)), ((3, 5, 4, 6), (2, 8, 3, 4)))
@@ -29,6 +35,7 @@ def make_tapes(record: Record, shortest: int, longest: int, several: bool = True
     """
     if longest - shortest < NARROWEST:
         raise ValueError(f"{shortest} to {longest} tokens: less than {NARROWEST} apart")
+    at_places = (WIDE_SEEN, WIDE_HELD_OUT) if longest - shortest >= WIDE else (SEEN, HELD_OUT)
     known: dict[Size, Recording] = {}
 
     def recorded(size: Size) -> Recording:
@@ -39,7 +46,7 @@ def make_tapes(record: Record, shortest: int, longest: int, several: bool = True
     def tape(rows: tuple[tuple[int, ...], tuple[int, ...]], padded: bool | None) -> Tape | None:
         seen, held_out = (
             [(each[at % len(each)], length) for at, length in enumerate(_lengths(places, shortest, longest, padded))]
-            for places, each in zip((SEEN, HELD_OUT), rows, strict=True)
+            for places, each in zip(at_places, rows, strict=True)
         )
         return tape_of({size: recorded(size) for size in seen}, {size: recorded(size) for size in held_out}, padded)
 

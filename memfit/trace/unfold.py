@@ -1,132 +1,156 @@
-"""Write the blocks that were left out into the events of a trace: copies of the middle period, storage by storage."""
+"""Write the blocks that were left out into the events of a trace: copies of those that stand for them, storage by
+storage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 from typing import Any
 
 from memfit.families.names import Where
 from memfit.specs.trace import Event
+from memfit.trace.folds import Fold
 
-KEPT = 3  # periods that run: the first, the middle one that stands for all others, the last
 MAKES, ENDS = ("alloc", "host"), ("free", "host-free")  # kinds of events: on the device, in host memory
-
-
-@dataclass(frozen=True)
-class Run:
-    """Equal periods of blocks in one part: `count` periods of `length` blocks from `start`, all but KEPT left out."""
-
-    part: str
-    start: int
-    length: int
-    count: int
-
-    @property
-    def skipped(self) -> tuple[int, ...]:
-        """Indices of the blocks that do not run: between the second period and the last."""
-        return tuple(range(self.start + 2 * self.length, self.start + (self.count - 1) * self.length))
-
-    def place(self, block: int) -> int | None:
-        """0, 1 or 2 for a block of the first, the middle and the last period; None outside."""
-        period = (block - self.start) // self.length
-        return {0: 0, 1: 1, self.count - 1: 2}.get(period) if period >= 0 else None
 
 
 @dataclass
 class _Segment:
-    """The events of one period in forward or backward: indices [first, last)."""
+    """The events of one block in forward or backward: indices [first, last)."""
 
-    run: int
-    place: int
+    fold: int
+    block: int
     backward: bool
     first: int
     last: int
     owned: list[int] = field(default_factory=list)  # storages made here, in order
 
+    @property
+    def key(self) -> _Key:
+        return self.fold, self.block, self.backward
 
-Owner = tuple[int, int, bool, int]  # run, place, backward, ordinal
+
+_Key = tuple[int, int, bool]  # fold, block, backward
+Owner = tuple[int, int, bool, int]  # the same, and which of the storages made there
 
 
 def unfold(
-    events: Sequence[Event], marks: Sequence[tuple[int, Where]], runs: Sequence[Run], prefixes: Mapping[str, str]
+    events: Sequence[Event], marks: Sequence[tuple[int, Where]], folds: Sequence[Fold], prefixes: Mapping[str, str]
 ) -> list[Event] | None:
-    """The events with the blocks left out written in; None where the kept periods are not alike.
+    """The events with the blocks left out written in; None where blocks of one kind turn out not to be alike.
 
     `marks`: (index of an event, the block whose operators run from there on). `prefixes`: part -> how paths of its
     blocks begin, up to the number.
     """
-    segments = _segments(events, marks, runs)
+    segments = _segments(events, marks, folds)
     if segments is None:
         return None
     owners: dict[int, Owner] = {}
     for segment in segments:
         for event in events[segment.first : segment.last]:
             if event.kind in MAKES:
-                owners[event.storage] = (segment.run, segment.place, segment.backward, len(segment.owned))
+                owners[event.storage] = (*segment.key, len(segment.owned))
                 segment.owned.append(event.storage)
-    if not _alike(events, segments) or not _end_alike(events, segments, owners):
+    if not _alike(events, segments, folds) or not _end_alike(events, segments, folds, owners):
         return None
-    tape = _Unfolding(events, runs, segments, owners, prefixes).write()
+    if not _nothing_between(events, segments, folds):
+        return None
+    tape = _Unfolding(events, folds, segments, owners, prefixes).write()
     return tape if tape is not None and _balanced(tape) else None
 
 
 def _segments(
-    events: Sequence[Event], marks: Sequence[tuple[int, Where]], runs: Sequence[Run]
+    events: Sequence[Event], marks: Sequence[tuple[int, Where]], folds: Sequence[Fold]
 ) -> list[_Segment] | None:
-    """One segment for each kept period and direction, in the order of the events; None if one is torn apart."""
+    """One segment for each block that ran and direction, in the order of the events; None if one is torn apart."""
     backward_from = next(i for i, event in enumerate(events) if event.kind == "phase" and event.phase == "backward")
+    numbers = {(fold.part, block): number for number, fold in enumerate(folds) for block in fold.kept}
     found: list[_Segment] = []
     ends = [index for index, _ in marks[1:]] + [len(events)]
     for (first, (part, block)), last in zip(marks, ends, strict=True):
-        for number, run in enumerate(runs):
-            place = run.place(block) if block is not None and run.part == part else None
-            if place is None:
-                continue
-            backward = first >= backward_from
-            last = last if backward else min(last, backward_from)
-            old = found[-1] if found else None
-            if old and (old.run, old.place, old.backward, old.last) == (number, place, backward, first):
-                old.last = last
-            else:
-                found.append(_Segment(number, place, backward, first, last))
-    keys = [(segment.run, segment.place, segment.backward) for segment in found]
-    complete = all((number, place, False) in keys for number in range(len(runs)) for place in range(KEPT))
-    return found if complete and len(set(keys)) == len(keys) else None
+        number = numbers.get((part, -1 if block is None else block))
+        if number is None or block is None:
+            continue
+        backward = first >= backward_from
+        last = last if backward else min(last, backward_from)
+        if found and found[-1].key == (number, block, backward) and found[-1].last == first:
+            found[-1].last = last
+        else:
+            found.append(_Segment(number, block, backward, first, last))
+    keys = {segment.key for segment in found}
+    complete = all((number, block, False) in keys for number, fold in enumerate(folds) for block in fold.kept)
+    return found if complete and len(keys) == len(found) else None
 
 
-def _alike(events: Sequence[Event], segments: Sequence[_Segment]) -> bool:
-    """Whether the middle period makes what its neighbours make, as far as copies of it will refer to them.
+def _alike(events: Sequence[Event], segments: Sequence[_Segment], folds: Sequence[Fold]) -> bool:
+    """Whether blocks of one kind make the same, as far as copies of them will refer to them.
 
-    The first period's backward may differ: nothing that runs before it can refer to it.
+    The first of a kind may differ in backward where it stands for itself alone: what comes before it may need no
+    gradient, and nothing that runs before its backward can refer to it.
     """
-    made: dict[tuple[int, int, bool], list[tuple[int, str]]] = {}
+    made: dict[_Key, list[tuple[int, str]]] = {}
     for segment in segments:
-        made[(segment.run, segment.place, segment.backward)] = [
+        made[segment.key] = [
             (event.bytes, event.op) for event in events[segment.first : segment.last] if event.kind in MAKES
         ]
-    for (run, place, backward), sizes in made.items():
-        if (place != 0 or not backward) and sizes != made.get((run, 1, backward), []):
-            return False
+    for number, fold in enumerate(folds):
+        for stand in _standing(fold):
+            like = [block for block in fold.kept if fold.kinds[block] == fold.kinds[stand]]
+            for block in like:
+                exempt = block == like[0] and fold.count(block) == 1
+                for backward in (False,) if exempt else (False, True):
+                    if made.get((number, block, backward), []) != made.get((number, stand, backward), []):
+                        return False
     return True
 
 
-def _end_alike(events: Sequence[Event], segments: Sequence[_Segment], owners: dict[int, Owner]) -> bool:
-    """Whether what the first and the middle period leave to code outside the blocks is freed there in the same place.
+def _end_alike(
+    events: Sequence[Event], segments: Sequence[_Segment], folds: Sequence[Fold], owners: Mapping[int, Owner]
+) -> bool:
+    """Whether what a block that stands for others leaves to code outside the blocks is freed there where others of its
+    kind have it freed. One with something else behind it may leave more: its result. Where no other has the like behind
+    it, blocks of all kinds must leave something at the same moments, or it nothing.
 
     A model that takes an inner layer's result, as LLaVA does, keeps one for longer than the others.
     """
     bounds = sorted((segment.first, segment.last) for segment in segments)
-    outside: dict[Owner, int] = {}
+    left: dict[tuple[int, int], dict[int, int]] = {}  # fold, block -> which of its storages -> behind which segment
     gap = 0
     for index, event in enumerate(events):
         while gap < len(bounds) and bounds[gap][1] <= index:
             gap += 1
         inside = gap < len(bounds) and bounds[gap][0] <= index
         owner = owners.get(event.storage)
-        if event.kind in ENDS and owner is not None and owner[1] < 2 and not owner[2] and not inside:
-            outside[owner] = gap
-    return all(outside.get((run, 1 - place, False, number)) == gap for (run, place, _, number), gap in outside.items())
+        if event.kind in ENDS and owner is not None and not owner[2] and not inside:
+            left.setdefault(owner[:2], {})[owner[3]] = gap
+    for number, fold in enumerate(folds):
+        for stand in _standing(fold):
+            own, behind = left.get((number, stand), {}), [*fold.kinds[1:], -1]
+            others = [at for at in fold.kept if at != stand and fold.kinds[at] == fold.kinds[stand]]
+            same = [left.get((number, at), {}) for at in others if behind[at] == behind[stand]]
+            more = [left.get((number, at), {}) for at in others if behind[at] != behind[stand]]
+            if any(one != own for one in same) or any(not own.items() <= one.items() for one in more):
+                return False
+            moments = [set(left.get((number, at), {}).values()) for at in fold.kept[:-1]]
+            if own and not same and any(one != set(own.values()) for one in moments):
+                return False
+    return True
+
+
+def _nothing_between(events: Sequence[Event], segments: Sequence[_Segment], folds: Sequence[Fold]) -> bool:
+    """Whether nothing is made between two blocks where others were left out: there it would be missing."""
+    for one, other in pairwise(segments):
+        if (one.fold, one.backward) != (other.fold, other.backward) or abs(one.block - other.block) == 1:
+            continue
+        if any(event.kind in MAKES for event in events[one.last : other.first]):
+            return False
+    return True
+
+
+def _standing(fold: Fold) -> Iterable[int]:
+    """Blocks that stand for others too."""
+    return (block for block in fold.kept if fold.count(block) > 1)
 
 
 def _balanced(tape: Sequence[Event]) -> bool:
@@ -145,83 +169,110 @@ def _balanced(tape: Sequence[Event]) -> bool:
 
 
 class _Unfolding:
-    """Writes the long tape. Storages are named by (run, period, direction, ordinal), or by their old number."""
+    """Writes the long tape. Storages are named by (fold, block, direction, ordinal), or by their old number."""
 
     def __init__(
         self,
         events: Sequence[Event],
-        runs: Sequence[Run],
+        folds: Sequence[Fold],
         segments: Sequence[_Segment],
-        owners: dict[int, Owner],
+        owners: Mapping[int, Owner],
         prefixes: Mapping[str, str],
     ) -> None:
-        self.events, self.runs, self.segments, self.owners, self.prefixes = events, runs, segments, owners, prefixes
+        self.events, self.folds, self.segments, self.owners, self.prefixes = events, folds, segments, owners, prefixes
         self.tape: list[Event] = []
         self.numbers: dict[Any, int] = {}
+        self.at = {segment.key: segment for segment in segments}
+        forward = takewhile(lambda event: (event.kind, event.phase) != ("phase", "backward"), events)
+        # What is made in forward outside the blocks.
+        self.given = {event.storage for event in forward if event.kind in MAKES and event.storage not in owners}
+        # Gradients of an earlier micro-batch, of every block's parameters: name -> storage.
+        self.gradients: dict[str, int] = {}
+        # How far from a block another stands among those that ran.
+        self.places = [{block: place for place, block in enumerate(fold.kept)} for fold in folds]
+        self.copies = [
+            {kept: [at for at, other in enumerate(fold.stands) if other == kept] for kept in fold.kept}
+            for fold in folds
+        ]
 
     def write(self) -> list[Event] | None:
-        """None when a copy would free what is not a block's."""
-        at = 0
+        """None when a copy would free what is not a block's, or a block frees what is not its neighbour's, or not every
+        block has its place."""
+        at, written = 0, 0
         for segment in self.segments:
             for event in self.events[at : segment.first]:
                 self._fixed(event)
-            run = self.runs[segment.run]
-            last = run.count - 1
-            copies = range(2, last) if not segment.backward else range(last - 1, 1, -1)
-            # Forward, copies follow the middle period; in backward they run before it.
-            if segment.place == 1 and segment.backward and not self._copies(segment, copies):
+            # Forward, those left out follow the block behind which they are missing; in backward they run before it.
+            missing = self._missing(segment)
+            order = [*reversed(missing), segment.block] if segment.backward else [segment.block, *missing]
+            if not all(self._block(segment, block) for block in order):
                 return None
-            if not self._period(segment, {0: 0, 1: 1, 2: last}[segment.place], copy=False):
-                return None
-            if segment.place == 1 and not segment.backward and not self._copies(segment, copies):
-                return None
-            at = segment.last
+            at, written = segment.last, written + len(order)
         for event in self.events[at:]:
             self._fixed(event)
-        return self.tape
+        return self.tape if written == sum(len(self.copies[one.fold][one.block]) for one in self.segments) else None
 
-    def _copies(self, segment: _Segment, periods: Sequence[int]) -> bool:
-        return all(self._period(segment, period, copy=True) for period in periods)
+    def _missing(self, segment: _Segment) -> list[int]:
+        """The blocks left out between this one and the next that ran."""
+        kept = self.folds[segment.fold].kept
+        place = self.places[segment.fold][segment.block]
+        return list(range(segment.block + 1, kept[place + 1])) if place + 1 < len(kept) else []
 
-    def _period(self, segment: _Segment, period: int, copy: bool) -> bool:
-        """The events of one period, or a copy of them for another."""
+    def _block(self, beside: _Segment, block: int) -> bool:
+        """The events of one block: its own, or a copy of those of the block that stands for it."""
+        stand = self.folds[beside.fold].stands[block]
+        segment = self.at.get((beside.fold, stand, beside.backward))
+        if segment is None:
+            return False
+        places, copy = self.places[segment.fold], block != stand
         moved: dict[str, str] = {}
         for event in self.events[segment.first : segment.last]:
-            owner = self.owners.get(event.storage)
-            if owner is None or owner[0] != segment.run:
-                if not copy:
-                    self._fixed(event)
-                elif event.kind in ENDS:
-                    return False
-                continue
-            distance = owner[1] - segment.place
-            if abs(distance) > 1:
-                return False
             path = moved.get(event.path)
             if path is None:
-                path = moved[event.path] = self._moved(event.path, segment, period)
-            self._put(event, (owner[0], period + distance, owner[2], owner[3]), path)
+                prefix = self.prefixes[self.folds[segment.fold].part]
+                path = moved[event.path] = moved_path(event.path, prefix, block - stand)
+            owner = self.owners.get(event.storage)
+            if owner is None or owner[0] != segment.fold:
+                if not copy:
+                    self._fixed(event)
+                elif event.kind == "gradient" and path in self.gradients:
+                    self._put(event, self.gradients[path], path)
+                elif event.kind == "gradient" or (event.kind in ENDS and not self._shared(event, segment)):
+                    return False
+                continue
+            distance = places[owner[1]] - places[stand]
+            if abs(distance) > 1:
+                return False
+            self._put(event, (owner[0], block + distance, owner[2], owner[3]), path)
         return True
 
+    def _shared(self, event: Event, segment: _Segment) -> bool:
+        """Whether a block frees what blocks of its kind were all given in forward, as the last of them in backward.
+
+        Another of its kind that runs before it then frees nothing of forward but what blocks made.
+        """
+        fold = self.folds[segment.fold]
+        if not segment.backward or event.storage not in self.given:
+            return False
+        later = [at for at in fold.kept if at > segment.block and fold.kinds[at] == fold.kinds[segment.block]]
+        others = [self.at[(segment.fold, block, True)] for block in later]
+        freed = {event.storage for one in others for event in self.events[one.first : one.last] if event.kind in ENDS}
+        return bool(others) and not freed & self.given
+
     def _fixed(self, event: Event) -> None:
-        """An event outside the run. What it does to the middle period it does to all its copies."""
+        """An event outside the blocks. What it does to a block it does to all that the block stands for."""
         owner = self.owners.get(event.storage)
         if owner is None:
             self._put(event, event.storage, event.path)
+            if event.kind == "gradient":
+                self.gradients.setdefault(event.path, event.storage)
             return
-        last = self.runs[owner[0]].count - 1
-        for period in {0: (0,), 1: range(1, last), 2: (last,)}[owner[1]]:
-            self._put(event, (owner[0], period, owner[2], owner[3]), event.path)
+        for block in self.copies[owner[0]][owner[1]]:
+            self._put(event, (owner[0], block, owner[2], owner[3]), event.path)
 
     def _put(self, event: Event, name: Any, path: str) -> None:
         number = -1 if event.storage < 0 else self.numbers.setdefault(name, len(self.numbers) + 1)
         self.tape.append(Event(event.kind, number, event.bytes, event.phase, path, event.op))
-
-    def _moved(self, path: str, segment: _Segment, period: int) -> str:
-        """The path with the block number of the period that is written."""
-        run = self.runs[segment.run]
-        old = {0: 0, 1: 1, 2: run.count - 1}[segment.place]
-        return moved_path(path, self.prefixes[run.part], (period - old) * run.length)
 
 
 def moved_path(path: str, prefix: str, by: int) -> str:

@@ -29,9 +29,14 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         masters: list[torch.Tensor] = []
+        partitions: int | None = None
         while hasattr(optimizer, "optimizer"):
             if hasattr(optimizer, "grad_partitions_flat_buffer"):  # ZeRO-3
-                self._gradients = local_bytes(optimizer.grad_partitions_flat_buffer)
+                size = local_bytes(optimizer.grad_partitions_flat_buffer)
+                if optimizer.offload_optimizer:  # the gradients that are stepped lie beside it, gone after the step
+                    partitions = size
+                else:
+                    self._gradients = size
                 masters = optimizer.fp32_partitioned_groups_flat
             elif hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2
                 masters = optimizer.single_partition_of_fp32_groups
@@ -41,6 +46,7 @@ class Watch(TrainerCallback):
         found = {
             "weights": sum(weight_bytes(p) for p in model.parameters()),
             "gradients": self._gradients,
+            "partitions": partitions,
             "optimizer": sum(local_bytes(value) for value in moments),
             "master": sum(local_bytes(p) for p in masters if storage(p) not in own),
         }

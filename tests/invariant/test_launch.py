@@ -40,6 +40,7 @@ def test_every_rank_runs_and_the_others_speak_into_files(tmp_path: Path) -> None
     assert len(list((tmp_path / "logs").rglob("stdout.log"))) == 2
 
 
+@pytest.mark.long
 def test_a_user_error_of_a_rank_is_the_users_to_mend(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     began = time.monotonic()

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from memfit.build.load import random_model
+from memfit.engine.launch import start
 from memfit.families import family_for
 from memfit.testing import make_dummy, make_samples
 from tests.invariant.loading import peaks
 from tests.invariant.ready import deepspeed_is_ready
 from tests.invariant.test_trajectories import COMMON, LAYOUTS
-from tests.invariant.trajectories import Case, Common
+from tests.invariant.trajectories import Case, Common, _job, follows, outcome, run_alone
 
 # Code that is loaded on the way, and the largest tensor while it is whole.
 BESIDE = 48 << 20
@@ -69,3 +70,33 @@ def test_whole_copies_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The error looked for, where it is none: under DDP every rank keeps the model."""
     (_, other), size = measured(tmp_path, monkeypatch, "ddp")
     assert other["peak"] > 0.9 * size
+
+
+# The second rank fails if it touches the checkpoint's weights.
+READS_NOT = """
+import os, pathlib, sys
+sys.path.insert(0, {root!r})
+from memfit.build import build as building
+from memfit.engine import worker
+if os.environ["RANK"] == "1":
+    def refuses(*args, **kwargs):
+        raise AssertionError("this rank reads the checkpoint")
+    building.loaded_model = refuses
+sys.exit(worker.main(pathlib.Path(sys.argv[1]), False))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ddp", "zero2"])
+def test_ranks_that_keep_the_whole_model_get_it_from_the_first(tmp_path: Path, name: str) -> None:
+    if name != "ddp" and not deepspeed_is_ready():
+        pytest.skip("DeepSpeed or its compiled operators are missing: make ops")
+    data = make_samples(tmp_path / "samples", 5)
+    sets = (*COMMON, "method=lora", "parts.connector=full", "schedule.steps=2")
+    common = Common(make_dummy("minicpmv4_6", tmp_path / "model"), data, sets)
+    folder = _job(common, Case(name, ("hardware.gpus=2xcpu", *LAYOUTS[name])), tmp_path / "run").folder.path
+    script = tmp_path / "rank.py"
+    script.write_text(READS_NOT.format(root=str(Path(__file__).parents[2])))
+    start([str(script), str(folder)], 2, folder / "logs")
+    alone = run_alone(common, Case("none", ("hardware.gpus=1xcpu",)), tmp_path / "alone")
+    follows("loading", name, alone, outcome(folder))

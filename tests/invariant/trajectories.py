@@ -138,11 +138,13 @@ def live_states(folder: Path) -> dict[str, int]:
 
 
 def forecast_states(folder: Path) -> dict[str, int]:
-    """The ledger's states of a node of CPU ranks, summed over parts: weights, gradients, master, optimizer."""
+    """The ledger's states of a node of CPU ranks, summed over parts: weights, gradients, master, optimizer; and
+    partitions, the buffer that ZeRO-3 keeps beside gradients that are offloaded."""
     forecast = json.loads((folder / "plan.json").read_text())["forecast"]
     sums: dict[str, int] = {}
     for term in forecast["host"]["terms"]:
         kind = term["id"].removeprefix("adapter.").split(".")[0]
+        kind = "partitions" if term["id"].endswith(".gradients.partitions") else kind
         sums[kind] = sums.get(kind, 0) + term["bytes"]
     return sums
 

@@ -131,8 +131,10 @@ def test_optimizer_row(row: object) -> None:
 
 
 def test_what_can_be_trained_today() -> None:
-    assert {row.name for row in OPTIMIZERS.values() if row.runs_today} == {"adamw", "adamw-foreach", "adafactor", "sgd"}
-    assert {row.name for row in METHODS.values() if row.runs_today} == {"full", "lora"}
+    today = {row.name for row in OPTIMIZERS.values() if row.runs_today}
+    assert today == {"adamw", "adamw-foreach", "adamw-8bit", "paged-adamw-8bit", "adafactor", "sgd"}
+    assert {row.name for row in OPTIMIZERS.values() if row.package} == {"adamw-8bit", "paged-adamw-8bit"}
+    assert {row.name for row in METHODS.values() if row.runs_today} == {"full", "lora", "qlora"}
 
 
 def test_only_large_states_are_paged() -> None:

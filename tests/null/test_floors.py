@@ -27,7 +27,7 @@ FLOORS = (
     ("evaluation",),
     ("engine",),
     ("api", "testing"),
-    ("cli", "web", "__main__"),
+    ("cli", "commands", "web", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}
 TORCH_FROM = RANK["models"]

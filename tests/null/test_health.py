@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from memfit.inputs import health, machine, toolchain
 from memfit.inputs.health import Place, examine
-from memfit.inputs.toolchain import Toolchain, find_toolchain, is_built
+from memfit.inputs.toolchain import Toolchain, find_toolchain, is_built, is_live
 from memfit.specs.health import Health, HealthFinding
 
 QUERY = {
@@ -215,3 +216,19 @@ def test_what_lies_ready_is_no_one_elses_and_not_half_done(tmp_path: Path) -> No
     (place / "lock").touch()
     assert not is_built(tmp_path, "cpu_adam")
     assert find_toolchain({"PATH": "", "TORCH_EXTENSIONS_DIR": str(tmp_path)}).locks == (place / "lock",)
+
+
+def test_a_lock_is_live_while_somebody_compiles_behind_it(tmp_path: Path) -> None:
+    place, processes = tmp_path / "cpu_adam", tmp_path / "proc"
+    place.mkdir()
+    (processes / "1").mkdir(parents=True)
+    (processes / "1" / "cwd").symlink_to(tmp_path)
+    lock = place / "lock"
+    assert not is_live(lock, processes)  # gone
+    lock.touch()
+    assert is_live(lock, processes)  # quite new
+    os.utime(lock, (1, 1))
+    assert not is_live(lock, processes)
+    (processes / "22").mkdir()
+    (processes / "22" / "cwd").symlink_to(place)
+    assert is_live(lock, processes)

@@ -12,11 +12,11 @@ from memfit.inputs.shipped import packed
 from memfit.inputs.tape_store import load_tapes, store_tapes
 from memfit.specs.tape import WHOLE, Domain, SizeTerm
 from memfit.specs.trace import Event, TraceBatch
+from memfit.trace.folds import Fold
 from memfit.trace.loops import Repeat, find_repeats
 from memfit.trace.recording import Recording, settled
 from memfit.trace.tape import Size, play, tape_of
 from memfit.trace.tapes import make_tapes, played
-from memfit.trace.unfold import Run
 
 
 class Writer:
@@ -70,7 +70,7 @@ def step(rows: int, tokens: int) -> Recording:
         inputs=8 * rows * tokens,
         events=tuple(write.events),
         marks=((1, ("language", 0)), (len(write.events) - 3, ("language", None))),
-        runs=(Run("language", 0, 1, 6),),
+        folds=(Fold("language", (0,) * 6, (0, 1, 1, 1, 1, 5)),),
         flops=flops,
     )
 

@@ -301,6 +301,15 @@ def test_what_has_no_price_is_refused(tmp_path: Path, zero: dict[str, Any], top:
     assert list(said(check(file(tmp_path, zero, **top)), "error")) == [key]
 
 
+@pytest.mark.parametrize(("dtype", "refused"), [("bf16", False), ("fp32", True), ("fp16", True)])
+def test_a_dtype_must_be_that_of_a_precision_that_may_be_meant(tmp_path: Path, dtype: str, refused: bool) -> None:
+    """bf16-mixed or pure-bf16: the recipe leaves it open, and fp32 gradients have no price under either."""
+    path = file(tmp_path, data_types={"grad_accum_dtype": dtype}, bf16={"enabled": True})
+    found = check_deepspeed_file(path, recipe(path, levers=Levers()), 2, shipped_keys())[0]
+    told = said(found, "error")
+    assert ("data_types.grad_accum_dtype" in told) is refused
+
+
 def test_deepspeeds_defaults_said_outright_are_fine(tmp_path: Path) -> None:
     zero = {"contiguous_gradients": True, "reduce_scatter": True, "round_robin_gradients": False, "stage": 3}
     found = check(file(tmp_path, zero, torch_autocast={"enabled": False}, tensor_parallel={"autotp_size": 1}))

@@ -212,7 +212,7 @@ def test_missing_or_foreign_weights_stop_the_build(
 
 @pytest.mark.parametrize(
     "pinned",
-    ["levers.optimizer=lion", "goal=long", "run.on_oom=tighten"],
+    ["levers.optimizer=lion", "run.on_oom=tighten"],
 )
 def test_a_lever_that_is_not_built_is_refused_not_ignored(recipe: Make, pinned: str) -> None:
     with pytest.raises(UserError, match=pinned.split("=")[0].replace(".", r"\.")):

@@ -18,6 +18,7 @@ def draw(project: Path, folder: Path, *options: str) -> Path:
     return folder / "data.json"
 
 
+@pytest.mark.long
 def test_slips_are_ordinary_files_and_one_seed_draws_the_same(project: Path, tmp_path: Path) -> None:
     options = ("--hand", "handwritten", "--split", "train", "--count", "12", "--seed", "5")
     first, again = draw(project, tmp_path / "a", *options), draw(project, tmp_path / "b", *options)

@@ -100,6 +100,27 @@ def test_a_full_run_is_handed_over_as_it_is(run: Callable[..., Path], recipe: Ma
     assert not torch.equal(logits(plain(wanted, early), inputs), logits(plain(wanted, merged), inputs))
 
 
+def test_an_empty_folder_that_is_there_stays_the_users_own(run: Callable[..., Path], tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir(mode=0o750)
+    before = mine.stat()
+    exported(run("llama", *LORA), "adapter", mine)
+    after = mine.stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert (mine / "adapter_model.safetensors").is_file()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".mine")]
+
+
+def test_a_model_named_by_a_relative_path_is_found_from_elsewhere(
+    recipe: Make, dummies: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dummies("llama")
+    monkeypatch.chdir(model.parent)
+    folder = memfit.train(override(recipe("llama", *LORA), [], model.name), say=lambda text: None).folder
+    monkeypatch.chdir(tmp_path)
+    assert (exported(folder, "merged").folder / "config.json").is_file()
+
+
 def test_parts_that_were_never_loaded_come_along(run: Callable[..., Path], dummies: Callable[[str], Path]) -> None:
     """Audio and speech of MiniCPM-o stay on disk in training; the exported folder has them, bit for bit."""
     source = dummies("minicpmo2_6")

@@ -214,6 +214,7 @@ def test_a_loader_too_large_for_the_host_is_refused(recipe: Make, tmp_path: Path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.long
 def test_workers_take_no_more_than_was_forecast(dummies: Folder, tmp_path: Path) -> None:
     """Measured: private memory of the workers and shared memory, RGBA PNGs of 2 megapixels that EXIF turns."""
     kind, workers, prefetch, micro = "minicpmv2_6", 2, 2, 1

@@ -30,24 +30,26 @@ def tiny(dummies: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_answer_and_its_file(run: Command, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    code, text, progress = run("plan", tiny, "--out", out)
+    code, text, progress = run("plan", tiny, "--brief", "--out", out)
     assert code == 0
     assert "fits: full, none, bf16-amp, checkpointing none" in text
     assert "the fastest that fits in tier 1" in text
     assert "tracing a step" in progress
     found = json.loads(out.read_text())
-    assert set(found) == {"chosen", "ranked", "refused", "nearest", "searched", "seconds", "offers"}
+    contract = {"chosen", "ranked", "refused", "nearest", "searched", "seconds", "offers", "answers"}
+    assert set(found) == contract | {"candidates"}
     assert found["chosen"] == found["ranked"][0]
     assert found["chosen"]["tier"] == 1
     assert "auto" not in found["chosen"]["recipe"]["levers"].values()
-    code, again, progress = run("plan", tiny, "--out", out, "--json")
+    code, again, progress = run("plan", tiny, "--brief", "--out", out, "--json")
     assert (code, "tracing a step" in progress) == (0, False), "traced steps are kept"
     assert json.loads(again)["chosen"] == found["chosen"]
+    assert set(json.loads(again)) == contract
 
 
 def test_a_plan_is_what_estimate_says_of_it(run: Command, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    run("plan", tiny, "--out", out)
+    run("plan", tiny, "--brief", "--out", out)
     chosen = json.loads(out.read_text())["chosen"]["forecast"]
     _, text, _ = run("estimate", out, "--json")
     alone = json.loads(text)
@@ -65,7 +67,7 @@ def test_speed_is_told_where_rates_are_known(run: Command, tiny: Path) -> None:
 
 def test_what_does_not_fit_ends_with_three_and_says_what_would(run: Command, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    code, text, _ = run("plan", tiny, "--gpus", "1xcpu", "--host-memory", "400MiB", "--out", out)
+    code, text, _ = run("plan", tiny, "--brief", "--gpus", "1xcpu", "--host-memory", "400MiB", "--out", out)
     assert code == 3
     assert text.startswith("does not fit: the closest needs")
     found = json.loads(out.read_text())
@@ -83,7 +85,7 @@ def test_what_does_not_fit_ends_with_three_and_says_what_would(run: Command, tin
 def test_nothing_of_the_users_is_replaced(run: Command, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine.json"
     out.write_text('{"mine": 1}')
-    code, _, error = run("plan", tiny, "--out", out)
+    code, _, error = run("plan", tiny, "--brief", "--out", out)
     assert (code, "was not written by memfit plan" in error) == (1, True)
     assert out.read_text() == '{"mine": 1}'
 

@@ -32,7 +32,6 @@ REFUSED: list[tuple[str, tuple[str, ...], str, str]] = [
     ("llama", ("hardware.gpus=1xV100-32G", "levers.precision=bf16-amp"), "needs bf16, which V100-32G", "fp16-amp"),
     ("llama", ("hardware.gpus=2xT4", "levers.precision=bf16-mixed", "levers.parallel=zero3"), "T4", "fp16-mixed"),
     ("llama", ("hardware.gpus=2xcpu", "levers.precision=fp16-amp", "levers.parallel=zero1"), "zero1", "fp16-mixed"),
-    ("llama", ("hardware.gpus=1xcpu", "method=qlora"), "method: qlora needs a GPU", "method: lora"),
     ("minicpmv4_6", (GPU, "levers.packing=true"), "linear-attention layers carry one sample's state", "packing: false"),
     ("qwen2_5_vl", (GPU, "levers.packing=true"), "positions from all pictures of a row", "packing: false"),
     ("llava", (GPU, "workload.tokens=5"), "workload.tokens: 5, but its pictures alone take", "workload.tokens: "),

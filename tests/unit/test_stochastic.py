@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from memfit.engine import stochastic
-from memfit.engine.stochastic import StochasticAdamW, put
+from memfit.engine.stochastic import StochasticAdamW, lost_steps, put
+from memfit.specs.recipe import Levers, Recipe
 
 
 def bits(seed: int = 0) -> torch.Generator:
@@ -110,3 +111,22 @@ def test_replicas_and_resumed_runs_draw_the_same() -> None:
     assert resumed.state[third]["exp_avg"].dtype == torch.bfloat16
     steps(3, resumed, third)
     assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "dtype", "told"),
+    [
+        ("adamw-foreach", "pure-bf16", torch.bfloat16, True),
+        ("sgd", "pure-bf16", torch.bfloat16, True),
+        ("adamw", "pure-bf16", torch.bfloat16, False),
+        ("adamw-foreach", "pure-bf16", torch.float32, False),  # adapters in fp32 lose nothing
+        ("adamw-foreach", "bf16-amp", torch.float32, False),
+    ],
+)
+def test_optimizers_that_round_to_nearest_are_told(
+    optimizer: str, precision: str, dtype: torch.dtype, told: bool
+) -> None:
+    recipe = Recipe(model="m", levers=Levers(optimizer=optimizer, precision=precision))  # type: ignore[arg-type]
+    notes = lost_steps(recipe, torch.nn.Linear(3, 2, dtype=dtype))
+    assert bool(notes) is told
+    assert not told or f"{optimizer} rounds 8 weights to nearest" in notes[0]

@@ -13,9 +13,11 @@ from benchmarks.trace_against_profiler import request_for
 from memfit.specs.trace import Event, StepTrace, TraceBatch
 from memfit.specs.workload import ImageCost
 from memfit.trace import step
-from memfit.trace.repeat import _runs
-from memfit.trace.step import trace_step
-from memfit.trace.unfold import Run, _balanced, moved_path
+from memfit.trace.folds import Fold
+from memfit.trace.recording import step_of
+from memfit.trace.step import record_step, trace_step
+from memfit.trace.stretches import stretches
+from memfit.trace.unfold import _balanced, moved_path
 
 Folder = Callable[[str], Path]
 CROPS = {
@@ -50,7 +52,9 @@ def figures(trace: StepTrace) -> dict[str, Any]:
         "parts": {(row.phase, row.part, row.block): row.transient for row in trace.parts},
         "gradients": trace.gradients,
         "flops": {(row.phase, row.part): row.flops for row in trace.flops},
-        "events": len(trace.events),
+        "stretches": stretches(trace.events, lambda path: ("", None)),
+        "timeline": trace.timeline,
+        "events": trace.events,
     }
 
 
@@ -62,6 +66,8 @@ RECIPES = {
     "qwen2_5_vl": ("levers.precision=bf16-amp", "levers.checkpointing=full"),
     "llava": ("levers.checkpointing=every-2",),
 }
+ODD = ("llava",)
+ACCUMULATED = ("minicpmv4_6", "qwen2_5_vl")  # with gradients of an earlier micro-batch
 
 
 @pytest.mark.parametrize(
@@ -73,26 +79,30 @@ RECIPES = {
 )
 def test_blocks_compose_to_the_whole_model(dummies: Folder, kind: str, device: str) -> None:
     config, batch = deep(dummies(kind), kind)
-    request = request_for(config, batch, *RECIPES[kind], device=device)
-    short, whole = figures(trace_step(request)), figures(trace_step(request, whole=True))
+    request = request_for(config, batch, *RECIPES[kind], device=device, accumulated=kind in ACCUMULATED)
+    composed = step_of(record_step(request), request.family)
+    assert (composed is None) == (kind in ODD), "traced whole where blocks of one kind are not alike"
+    short, whole = figures(composed or trace_step(request)), figures(trace_step(request, whole=True))
     for name, value in whole.items():
         assert short[name] == value, name
 
 
 def test_blocks_are_left_out(dummies: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above proves nothing if every block runs."""
-    taken: list[tuple[Run, ...]] = []
+    taken: list[tuple[Fold, ...]] = []
     plan = step.plan_skips
 
-    def noted(*args: Any) -> tuple[Run, ...]:
+    def noted(*args: Any) -> tuple[Fold, ...]:
         taken.append(plan(*args))
         return taken[-1]
 
     monkeypatch.setattr(step, "plan_skips", noted)
     config, batch = deep(dummies("qwen2_5_vl"), "qwen2_5_vl")
     trace_step(request_for(config, batch))
-    assert taken == [(Run("vision", 0, 1, 5), Run("vision", 6, 1, 5), Run("language", 0, 1, 8))]
-    assert [run.skipped for run in taken[0]] == [(2, 3), (8, 9), (2, 3, 4, 5, 6)]
+    assert len(taken) == 1, "the first way serves"
+    kept = {fold.part: fold.kept for fold in taken[0]}
+    assert kept == {"vision": (0, 1, 4, 5, 6, 10, 11), "language": (0, 1, 7)}
+    assert taken[0][0].stands == (0, 1, 1, 1, 4, 5, 6, 1, 1, 1, 10, 11)
 
 
 def test_a_tower_that_gives_an_inner_layer_runs_whole(dummies: Folder) -> None:
@@ -100,15 +110,6 @@ def test_a_tower_that_gives_an_inner_layer_runs_whole(dummies: Folder) -> None:
     config, batch = deep(dummies("llava"), "llava")
     request = request_for(config, batch)
     assert figures(trace_step(request)) == figures(trace_step(request, whole=True))
-
-
-def test_runs_find_the_period_that_leaves_out_most() -> None:
-    assert _runs("a", list("xxxxxx")) == [Run("a", 0, 1, 6)]
-    assert _runs("a", list("lllf" * 6)) == [Run("a", 0, 4, 6)]
-    assert _runs("a", list("axxxxb")) == [Run("a", 1, 1, 4)]
-    assert _runs("a", list("xxx")) == []
-    assert Run("a", 1, 2, 5).skipped == (5, 6, 7, 8)
-    assert [Run("a", 1, 2, 5).place(block) for block in (0, 1, 3, 5, 9, 11)] == [None, 0, 1, None, 2, None]
 
 
 def test_a_path_is_moved_to_its_own_block() -> None:

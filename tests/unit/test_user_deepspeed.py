@@ -226,9 +226,13 @@ def test_a_lock_that_a_killed_build_left_is_told(
     offloading: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_ops, "find_toolchain", lambda: tools(locks=(Path("/nowhere/cpu_adam/lock"),)))
-    with pytest.raises(UserError, match="is locked") as caught:
+    with pytest.raises(UserError, match="nobody compiles behind it") as caught:
         prepare_operators(offloading(), pytest.fail)
     assert "rm /nowhere/cpu_adam/lock" in caught.value.hint
+    monkeypatch.setattr(host_ops, "is_live", lambda lock: True)
+    with pytest.raises(UserError, match="is being compiled by another run") as caught:
+        prepare_operators(offloading(), pytest.fail)
+    assert "rm" not in caught.value.hint.split()
 
 
 def test_a_build_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from memfit.inputs.data.known import KnownImages, stamp
 from memfit.inputs.data.scan import ImageProblem, default_workers
 
 _EXIF_MARK = b"Exif\0\0"
+_TOGETHER = 16  # files that one thread looks at in turn: handing over each by itself takes as long as looking
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class HeaderReader:
     def __init__(self, workers: int | None = None, known: KnownImages | None = None) -> None:
         self._known = KnownImages() if known is None else known
         self._pool = ThreadPoolExecutor(max_workers=workers or default_workers())
-        self._started: dict[Path, tuple[str | None, Future[ImageHeader | ImageProblem]]] = {}
+        self._started: dict[Path, tuple[str | None, Future[Headers]]] = {}
         self.seen: Headers = {}
 
     def start(self, paths: Iterable[Path]) -> None:
@@ -55,9 +56,11 @@ class HeaderReader:
         stamps = {path: stamp(path) for path in new}
         known = self._known.find_sizes(stamps)
         self.seen.update({path: ImageHeader(*size) for path, size in known.items()})
-        for path in new:
-            if path not in known:
-                self._started[path] = (stamps[path], self._pool.submit(look_at_header, path))
+        unknown = [path for path in new if path not in known]
+        for first in range(0, len(unknown), _TOGETHER):
+            some = unknown[first : first + _TOGETHER]
+            looking = self._pool.submit(look_at_headers, some)
+            self._started.update({path: (stamps[path], looking) for path in some})
 
     def read(self, paths: Iterable[Path]) -> Headers:
         """The header, or the problem, of every path given."""
@@ -68,7 +71,7 @@ class HeaderReader:
         for path in wanted:
             if path in self._started:
                 stamps[path], looking = self._started.pop(path)
-                self.seen[path] = found = looking.result()
+                self.seen[path] = found = looking.result()[path]
                 if isinstance(found, ImageHeader):
                     sizes[path] = (found.width, found.height, found.bytes)
         self._known.keep_sizes(stamps, sizes)
@@ -87,6 +90,11 @@ def header_reader(workers: int | None = None) -> Iterator[HeaderReader]:
         yield reader
     finally:
         reader.close()
+
+
+def look_at_headers(paths: Iterable[Path]) -> Headers:
+    """The header or the problem of several files."""
+    return {path: look_at_header(path) for path in paths}
 
 
 def look_at_header(path: Path) -> ImageHeader | ImageProblem:

@@ -1,0 +1,1 @@
+"""What a step really takes: live storages on CPU ranks, the allocator's own counters on GPUs, phase by phase."""

@@ -1,0 +1,1 @@
+"""The failures of `tests.plants` as code: what each does to a job."""
