@@ -140,6 +140,12 @@ def precision_under(name: str, parallel: str) -> PrecisionRow:
     return row
 
 
+def opens_autocast(name: str, parallel: str) -> bool:
+    """Whether forward and loss run under autocast. Under FSDP2 they do not: its policy casts what modules compute with
+    (accelerate.accelerator:Accelerator._prepare_fsdp2 opens none)."""
+    return PRECISIONS[name].autocast and parallel not in FSDP
+
+
 def find_precision(name: str) -> PrecisionRow:
     """The row of a precision. UserError naming the nearest."""
     if name in PRECISIONS:

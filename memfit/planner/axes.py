@@ -15,7 +15,7 @@ from typing import Any
 
 from memfit.catalog.methods import METHODS
 from memfit.catalog.optimizers import OPTIMIZERS
-from memfit.catalog.precisions import PRECISIONS, ZERO, supported
+from memfit.catalog.precisions import PRECISIONS, ZERO, opens_autocast, supported
 from memfit.planner.defaults import AUTO, USUAL_BATCH, bias_problems, lever_problems
 from memfit.planner.problems import Problem
 from memfit.specs.hardware import Hardware
@@ -157,7 +157,7 @@ def with_choice(axes: Axes, setup: Setup, step: Step, trim: Trim) -> Recipe:
         "micro_batch": step.micro_batch,
         "allocator": trim.allocator,
         "pin_memory": trim.pin_memory if setup.offload != "none" else _or(levers.pin_memory, False),
-        "autocast": _or(levers.autocast, PRECISIONS[setup.precision].autocast),
+        "autocast": _or(levers.autocast, opens_autocast(setup.precision, setup.parallel)),
         "attention": _or(levers.attention, "sdpa"),
         "linear_attention": _or(levers.linear_attention, "reference"),
     }

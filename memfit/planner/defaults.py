@@ -11,7 +11,15 @@ from typing import Any, cast
 
 from memfit.catalog.methods import METHODS
 from memfit.catalog.optimizers import OPTIMIZERS, find_optimizer
-from memfit.catalog.precisions import FSDP, PRECISIONS, ZERO, find_precision, nearest_precision, supported
+from memfit.catalog.precisions import (
+    FSDP,
+    PRECISIONS,
+    ZERO,
+    find_precision,
+    nearest_precision,
+    opens_autocast,
+    supported,
+)
 from memfit.errors import UserError
 from memfit.families.base import Family
 from memfit.planner.parts import ResolvedParts, parameter_groups, resolve_with_problems
@@ -104,8 +112,7 @@ def _levers(recipe: Recipe, hardware: Hardware, defaults: list[str]) -> Levers:
 
     default("parallel", "none" if hardware.ranks == 1 else "ddp")
     default("precision", _precision(recipe, chosen["parallel"], hardware))
-    # accelerate.accelerator:Accelerator._prepare_fsdp2 opens no autocast: 16-bit compute is its policy's there.
-    default("autocast", PRECISIONS[chosen["precision"]].autocast and chosen["parallel"] not in FSDP)
+    default("autocast", opens_autocast(chosen["precision"], chosen["parallel"]))
     default("optimizer", "adamw")
     default("checkpointing", "full")
     default("loss", "full-logits")

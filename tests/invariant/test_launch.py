@@ -92,6 +92,7 @@ except KeyboardInterrupt:
     assert not alive
 
 
+@pytest.mark.long
 def test_ranks_that_wait_for_ever_are_ended_and_named(tmp_path: Path) -> None:
     text = """
 import os, pathlib, sys, time
