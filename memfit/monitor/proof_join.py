@@ -21,8 +21,8 @@ UNEXPLAINED = "unexplained"
 # Every block of the CPU allocator begins at a multiple of this (c10/core/alignment.h: gAlignment): what a scalar of the
 # loop that the ledger does not name (the loss, a count of tokens) takes, whatever its size.
 ALIGNMENT = 64
-# One of six proofs of the same ZeRO-2 run (llava, bf16-mixed, two CPU ranks) was above the interval's end, in the third digit
-# of its GiB; the others were below it (measured 2026-11-22). Unexplained: a healthy run is not stopped for so little.
+# One of six proofs of the same ZeRO-2 run (llava, bf16-mixed, two CPU ranks) was above the interval's end, in the third
+# digit of its GiB; the others were below it (measured 2026-11-22). Unexplained: so little stops no healthy run.
 REPEATED = 0.001
 # Groups of the table, in its order, and the roles of measured storages that belong to each.
 GROUPS = {
