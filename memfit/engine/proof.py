@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import torch
 from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from transformers import TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -28,12 +27,13 @@ from transformers.trainer_utils import IntervalStrategy
 from memfit.build.build import Built, build
 from memfit.engine.engines import engine_of
 from memfit.engine.gather import is_split
+from memfit.engine.measuring.following import followed
 from memfit.engine.measuring.gradients import arrival, note_gradients
 from memfit.engine.measuring.live import LiveTensors, seen_now
 from memfit.engine.measuring.meter import Marks, Meter, held_on_gpu
 from memfit.engine.measuring.outside import Outside
 from memfit.engine.measuring.read import course_json
-from memfit.engine.measuring.states import names_of, states_of, waiting_batches, walk
+from memfit.engine.measuring.states import names_of, walk
 from memfit.engine.ranks import count, is_first, rank, wait_for_all
 from memfit.engine.readback.live import Facts, live_of
 from memfit.engine.readback.read import WATCHED_STEPS, ReadBack
@@ -354,12 +354,7 @@ class Proving(TrainerCallback):
     def _track(self) -> None:
         """Begin to follow every live tensor."""
         trainer, model = self._trainer, self._trainer.model
-        tracker = LiveTensors(model, self._outside)
-        tracker.adopt(states_of(trainer, model, self._built.part_of))
-        tracker.adopt(("waiting", "", tensor) for tensor in (*waiting_batches(), *walk(self._batches)))
-        tracker.adopt_rest("held")
-        if isinstance(trainer.model_wrapped, DistributedDataParallel):
-            tracker.rename_views("held", "gradients")  # its buckets: nobody in Python holds them but by views
+        tracker = followed(trainer, self._built.part_of, self._outside, self._batches)
         tracker.label(names_of(trainer, model))
         tracker.begin()
         part_of = self._built.part_of

@@ -21,9 +21,6 @@ UNEXPLAINED = "unexplained"
 # Every block of the CPU allocator begins at a multiple of this (c10/core/alignment.h: gAlignment): what a scalar of the
 # loop that the ledger does not name (the loss, a count of tokens) takes, whatever its size.
 ALIGNMENT = 64
-# One of six proofs of the same ZeRO-2 run (llava, bf16-mixed, two CPU ranks) was above the interval's end, in the third
-# digit of its GiB; the others were below it (measured 2026-11-22). Unexplained: so little stops no healthy run.
-REPEATED = 0.001
 # Groups of the table, in its order, and the roles of measured storages that belong to each.
 GROUPS = {
     "weights": ("weights",),
@@ -213,12 +210,8 @@ def _forecast_check(
 
 
 def _slack(rows: Sequence[Compared], forecast: Forecast) -> int:
-    """What alignment may add on CPU ranks, where the interval is a few bytes wide, and what repeated proofs of several
-    ranks differ by; 0 on GPUs."""
-    if forecast.hardware.gpu is not None:
-        return 0
-    repeated = REPEATED * max(device_bytes(forecast).values()) if forecast.hardware.ranks > 1 else 0
-    return ALIGNMENT * len(rows) + int(repeated)
+    """What alignment may add on CPU ranks, where the interval is a few bytes wide; 0 on GPUs."""
+    return 0 if forecast.hardware.gpu is not None else ALIGNMENT * len(rows)
 
 
 def _evidence(forecast: Forecast) -> str:

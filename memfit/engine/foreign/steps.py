@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from memfit.engine.measuring.following import followed
 from memfit.engine.measuring.live import LiveTensors, plain, reachable
-from memfit.engine.measuring.meter import Meter, held_on_gpu
+from memfit.engine.measuring.meter import Meter, held_on_gpu, mark_step
 from memfit.engine.measuring.outside import Outside
 from memfit.engine.measuring.read import course_json
-from memfit.engine.measuring.states import states_of, waiting_batches, walk
+from memfit.engine.measuring.states import states_of, walk
 from memfit.engine.proof import Measured, Stage
 
 GRADIENTS = "gradients"
@@ -37,15 +37,7 @@ class Phases:
         self._engine = wrapped if trainer.is_deepspeed_enabled else None
         self._accelerator.backward = self._marked(type(self._accelerator).backward.__get__(self._accelerator))
         if self._engine is not None:
-            step = self._engine.step
-
-            def marked(*args: Any, **kwargs: Any) -> Any:
-                meter.enter("step")
-                done = step(*args, **kwargs)
-                meter.enter("")
-                return done
-
-            self._engine.step = marked
+            mark_step(self._engine, meter)
 
     def remove(self) -> None:
         """Take all of it away."""
@@ -136,12 +128,7 @@ class Looking(TrainerCallback):
 
     def _track(self) -> None:
         trainer, model = self._trainer, self._trainer.model
-        tracker = LiveTensors(model, self._outside)
-        tracker.adopt(states_of(trainer, model, self._part_of))
-        tracker.adopt(("waiting", "", tensor) for tensor in (*waiting_batches(), *walk(list(self._waits))))
-        tracker.adopt_rest("held")
-        if isinstance(trainer.model_wrapped, DistributedDataParallel):
-            tracker.rename_views("held", GRADIENTS)  # its buckets: nobody in Python holds them but by views
+        tracker = followed(trainer, self._part_of, self._outside, self._waits)
         tracker.begin()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

@@ -97,15 +97,7 @@ class Marks:
         trainer.compute_loss_func = self._marked_loss
         self._engine = wrapped if trainer.is_deepspeed_enabled else None
         if self._engine is not None:
-            step = self._engine.step
-
-            def marked(*args: Any, **kwargs: Any) -> Any:
-                meter.enter("step")
-                done = step(*args, **kwargs)
-                meter.enter("")
-                return done
-
-            self._engine.step = marked
+            mark_step(self._engine, meter)
 
     def remove(self) -> None:
         """Leave the trainer as it was."""
@@ -137,3 +129,16 @@ class Marks:
             # Twice over, so that it runs behind what FSDP2 has the engine call at the end of backward.
             queue = Variable._execution_engine.queue_callback
             queue(lambda: queue(lambda: self._meter.enter("step")))
+
+
+def mark_step(engine: Any, meter: Meter) -> None:
+    """Let a DeepSpeed engine tell when it steps; `del engine.step` takes that back."""
+    step = engine.step
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        meter.enter("step")
+        done = step(*args, **kwargs)
+        meter.enter("")
+        return done
+
+    engine.step = marked
