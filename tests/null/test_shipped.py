@@ -29,7 +29,7 @@ def test_all_of_it_is_small_and_readable() -> None:
     files = list(DATA.rglob("*.json.gz"))
     assert files
     assert sum(path.stat().st_size for path in files) < 2 << 20
-    for path in sorted(files)[::4]:
+    for path in files:
         value = shipped(path.parent.name, path.name.removesuffix(".json.gz"))
         assert value is not None
         assert packed(value) == path.read_bytes()
